@@ -1,0 +1,1 @@
+"""The workstation: command line, Textual App, screens, commands."""

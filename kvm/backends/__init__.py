@@ -1,0 +1,1 @@
+"""What executes guests: ``kernel`` (/dev/kvm) and ``software`` (Unicorn), behind one interface."""

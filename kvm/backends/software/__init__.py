@@ -1,0 +1,1 @@
+"""The Unicorn backend: a model of the kernel's side of KVM."""

@@ -1,0 +1,1 @@
+"""The port and MMIO bus, and the devices that sit on it."""

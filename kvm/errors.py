@@ -1,0 +1,62 @@
+"""What can go wrong in the machine. Each message says what happened, why, and what to do."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+
+class VmdeckError(Exception):
+    """The root of all errors that vmdeck raises on purpose; the command line exits with 2 on it."""
+
+
+class BackendUnavailable(VmdeckError):
+    """The chosen backend can't run here; the message says why and what to do."""
+
+
+class ImageError(VmdeckError):
+    """A guest image can't be loaded."""
+
+
+class ConfigError(VmdeckError):
+    """A machine that can't be built: too many VCPUs, too little memory."""
+
+
+class MachineError(VmdeckError):
+    """The machine can't do this now (closed, shut down, a VCPU that doesn't stop)."""
+
+
+class MemoryAccessError(VmdeckError):
+    """A guest-physical address that has no memory behind it."""
+
+
+class KvmError(VmdeckError):
+    """An ioctl failed.
+
+    ``ioctl`` is its name, ``errno`` its error, ``vcpu`` the VCPU's index (None for the VM and the system),
+    ``detail`` what it was about.
+    """
+
+    def __init__(self, ioctl: str, errno: int, *, vcpu: int | None = None, detail: str = "") -> None:
+        self.ioctl = ioctl
+        self.errno = errno
+        self.vcpu = vcpu
+        self.detail = detail
+        where = "" if vcpu is None else f"VCPU {vcpu}: "
+        what = f" ({detail})" if detail else ""
+        name = _errno.errorcode.get(errno, str(errno))
+        super().__init__(f"{where}{ioctl}{what} failed: {name}, {os.strerror(errno)}")
+
+
+class SubstateError(KvmError):
+    """A get or put of one substate failed; those before it in the batch were moved, it and the rest were not.
+
+    ``moved`` counts the substates of the batch that were moved.
+    """
+
+    def __init__(
+        self, substate: str, moved: int, ioctl: str, errno: int, *, vcpu: int | None = None, detail: str = ""
+    ) -> None:
+        super().__init__(ioctl, errno, vcpu=vcpu, detail=f"{substate}, {detail}" if detail else substate)
+        self.substate = substate
+        self.moved = moved

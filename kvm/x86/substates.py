@@ -1,0 +1,218 @@
+"""The one table that decides: which substates a VCPU has, in which order and from which level they are written.
+
+The put and the get are loops over these rows. The order is QEMU's ``kvm_arch_put_registers`` (10.2), checked
+against Firecracker's restore and the kernel's selftests; each row's ``why`` says what breaks otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvm.levels import WritebackLevel
+from kvm.x86 import msrs
+from kvm.x86.structs import (
+    EVENT_VALID_NMI_PENDING,
+    EVENT_VALID_SIPI_VECTOR,
+    EVENT_VALID_SMM,
+    ClockData,
+    DebugRegs,
+    Fpu,
+    GuestDebug,
+    Irqchip,
+    Lapic,
+    MpState,
+    PitState2,
+    Regs,
+    Sregs,
+    Sregs2,
+    VcpuEvents,
+    Xcrs,
+    pack_msrs,
+)
+
+RUNTIME, RESET, FULL = WritebackLevel
+
+
+def _whole(raw: bytes, level: WritebackLevel) -> bytes:
+    return raw
+
+
+def _events_at(raw: bytes, level: WritebackLevel) -> bytes:
+    """At RUNTIME the NMI, SIPI and SMM parts stay the kernel's (QEMU 4fadfa0030, ea64305139)."""
+    if level > RUNTIME:
+        return raw
+    events = VcpuEvents.from_buffer_copy(raw)
+    events.flags &= ~(EVENT_VALID_NMI_PENDING | EVENT_VALID_SIPI_VECTOR | EVENT_VALID_SMM)
+    return bytes(events)
+
+
+def _clock_at(raw: bytes, level: WritebackLevel) -> bytes:
+    """Only the clock goes back: the flags that a get reports would make a put jump by the time in between."""
+    return bytes(ClockData(clock=ClockData.from_buffer_copy(raw).clock))
+
+
+@dataclass(frozen=True, slots=True)
+class Substate:
+    """One row: a part of the state that one pair of ioctls moves.
+
+    ``template`` is the buffer handed to the get: its length is the struct's size in bytes, its content what the
+    ioctl wants filled in (MSR indices, a chip's id). ``get``/``put`` are ioctl names, None where KVM has none:
+    a row without a get has its truth in our copy only. ``by_value``: the ioctl's argument is the number itself.
+    ``then``: rows that must be written again after this one. ``once``: refused by the kernel after the first run.
+    """
+
+    name: str
+    get: str | None
+    put: str | None
+    level: WritebackLevel
+    why: str
+    template: bytes
+    struct: type[ctypes.Structure] | None = None
+    cap: str | None = None
+    at: Callable[[bytes, WritebackLevel], bytes] = _whole
+    then: tuple[str, ...] = ()
+    once: bool = False
+    by_value: bool = False
+    tolerated: bool = False
+    counted: bool = False
+    """The ioctl returns how many entries it moved: fewer than all is an error (Firecracker 602a2108e)."""
+
+
+def _row(
+    name: str,
+    get: str | None,
+    put: str | None,
+    level: WritebackLevel,
+    why: str,
+    struct: type[ctypes.Structure],
+    **more: object,
+) -> Substate:
+    return Substate(name, get, put, level, why, bytes(ctypes.sizeof(struct)), struct, **more)  # type: ignore[arg-type]
+
+
+def _msr_row(name: str, level: WritebackLevel, why: str, indices: Iterable[int]) -> Substate:
+    return Substate(name, "KVM_GET_MSRS", "KVM_SET_MSRS", level, why, pack_msrs(indices), counted=True)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one host's VCPUs, in put order; ``get_order`` names the same rows as they are read."""
+
+    put_order: tuple[Substate, ...]
+    get_order: tuple[Substate, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Substate]:
+        return {row.name: row for row in self.put_order}
+
+    @cached_property
+    def ours(self) -> tuple[str, ...]:
+        """The rows that KVM can't read back."""
+        return tuple(row.name for row in self.put_order if row.get is None)
+
+
+def _nested_template(size: int) -> bytes:
+    """``struct kvm_nested_state``: its header holds the buffer's size, in bytes, at offset 4."""
+    return bytes(4) + size.to_bytes(4, "little") + bytes(max(0, size - 8))
+
+
+_GET_ORDER = (
+    "events", "mp_state", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "lapic", "tsc_deadline",
+    "debugregs", "nested", "tsc_khz",
+)  # fmt: skip
+"""Events, then MP state: reading it can accept an INIT or SIPI and so change CS and RIP (QEMU kvm_arch_get_registers)."""
+
+
+def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
+    """The table for a host with these capabilities (KVM_CHECK_EXTENSION's answers) and MSR list."""
+    listed = tuple(listed_msrs)
+    runtime, reset = msrs.groups(listed)
+    if caps.get("KVM_CAP_SREGS2", 0) > 0:
+        sregs = ("KVM_GET_SREGS2", "KVM_SET_SREGS2", Sregs2)
+    else:
+        sregs = ("KVM_GET_SREGS", "KVM_SET_SREGS", Sregs)
+    why = "x87, SSE, AVX: before XCRS, as the kernel checks them apart"
+    if caps.get("KVM_CAP_XSAVE2", 0) > 0:
+        size = max(4096, caps["KVM_CAP_XSAVE2"])
+        fpu = Substate("xsave", "KVM_GET_XSAVE2", "KVM_SET_XSAVE", RUNTIME, why, bytes(size))
+    elif caps.get("KVM_CAP_XSAVE", 0) > 0:
+        fpu = Substate("xsave", "KVM_GET_XSAVE", "KVM_SET_XSAVE", RUNTIME, why, bytes(4096))
+    else:
+        fpu = _row("fpu", "KVM_GET_FPU", "KVM_SET_FPU", RUNTIME, why, Fpu)
+    rows = (
+        Substate(
+            "cpuid", None, "KVM_SET_CPUID2", FULL, "decides what the rest may hold; refused after the first run",
+            b"", once=True,
+        ),
+        _row(
+            "sregs", sregs[0], sregs[1], RUNTIME, "carries EFER and the APIC base: before LAPIC, nested state and MSRs",
+            sregs[2], then=("guest_debug",),
+        ),
+        Substate(
+            "nested", "KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE", RESET,
+            "a write while running can invalidate what the kernel keeps for L2",
+            _nested_template(caps.get("KVM_CAP_NESTED_STATE", 0)), cap="KVM_CAP_NESTED_STATE",
+        ),
+        Substate(
+            "tsc_khz", "KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ", FULL, "scales the TSC that the MSRs set later",
+            bytes(4), cap="KVM_CAP_TSC_CONTROL", by_value=True, tolerated=True,
+        ),
+        _row(
+            "regs", "KVM_GET_REGS", "KVM_SET_REGS", RUNTIME, "before events: SET_REGS clears a pending exception",
+            Regs, then=("events", "guest_debug"),
+        ),
+        fpu,
+        _row("xcrs", "KVM_GET_XCRS", "KVM_SET_XCRS", RUNTIME, "which of XSAVE's parts are on", Xcrs, cap="KVM_CAP_XCRS"),
+        _row(
+            "lapic", "KVM_GET_LAPIC", "KVM_SET_LAPIC", RESET,
+            "after SREGS (APIC base), before the TSC deadline; an interrupt may be arriving at runtime", Lapic,
+        ),
+        _msr_row("msrs", RUNTIME, "written by this VCPU's own WRMSR only", runtime),
+        _msr_row("msrs_reset", RESET, "TSC, kvmclock and its like, MTRRs, PMU: a write has effects beyond this VCPU", reset),
+        _row(
+            "events", "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", RUNTIME,
+            "NMI, SIPI and SMM parts only from RESET on: one that arrived meanwhile must not be wiped",
+            VcpuEvents, cap="KVM_CAP_VCPU_EVENTS", at=_events_at,
+        ),
+        _row("mp_state", "KVM_GET_MP_STATE", "KVM_SET_MP_STATE", RESET, "an INIT or SIPI changes it at any time", MpState),
+        _msr_row(
+            "tsc_deadline", RESET, "after LAPIC and TSC, or the armed timer is lost; rewritten at runtime it fires twice",
+            (msrs.TSC_DEADLINE,) if msrs.TSC_DEADLINE in listed else (),
+        ),
+        _row("debugregs", "KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS", RUNTIME, "DR0-7 as the guest sees them",
+             DebugRegs, cap="KVM_CAP_DEBUGREGS"),
+        _row("guest_debug", None, "KVM_SET_GUEST_DEBUG", RUNTIME, "last: single step remembers the RIP it starts from",
+             GuestDebug, cap="KVM_CAP_SET_GUEST_DEBUG"),
+    )  # fmt: skip
+    here = tuple(
+        row
+        for row in rows
+        if (row.cap is None or caps.get(row.cap, 0) > 0) and not (row.counted and len(row.template) == 8)
+    )
+    by_name = {row.name: row for row in here}
+    order = tuple(fpu.name if name == "xsave" else name for name in _GET_ORDER)
+    return Table(here, tuple(by_name[name] for name in order if name in by_name))
+
+
+def machine_table(caps: Mapping[str, int]) -> tuple[Substate, ...]:
+    """The machine's own substates, in put and get order; all at FULL, the clock last, before any VCPU runs."""
+    chips = tuple(
+        Substate(
+            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", FULL, "shared by all VCPUs", bytes(Irqchip(chip_id=chip)),
+            Irqchip, cap="KVM_CAP_IRQCHIP",
+        )
+        for chip, name in enumerate(("pic_master", "pic_slave", "ioapic"))
+    )  # fmt: skip
+    rows = (
+        *chips,
+        _row("pit", "KVM_GET_PIT2", "KVM_SET_PIT2", FULL, "counts on while VCPUs stand", PitState2, cap="KVM_CAP_PIT2"),
+        _row(
+            "clock", "KVM_GET_CLOCK", "KVM_SET_CLOCK", FULL,
+            "before any VCPU runs, or the guest sees time jump (Cloud Hypervisor #7932)", ClockData,
+            cap="KVM_CAP_ADJUST_CLOCK", at=_clock_at,
+        ),
+    )  # fmt: skip
+    return tuple(row for row in rows if row.cap is None or caps.get(row.cap, 0) > 0)

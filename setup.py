@@ -1,0 +1,1 @@
+"""The cffi hook: everything else is in pyproject.toml."""
