@@ -123,17 +123,18 @@ _GET_ORDER = (
     "events", "mp_state", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "lapic", "tsc_deadline",
     "debugregs", "nested", "tsc_khz",
 )  # fmt: skip
-"""Events, then MP state: reading it can accept an INIT or SIPI and so change CS and RIP (QEMU kvm_arch_get_registers)."""
+"""Events, then MP state: reading it can accept an INIT or SIPI and so change CS and RIP (as QEMU reads them)."""
 
 
 def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
     """The table for a host with these capabilities (KVM_CHECK_EXTENSION's answers) and MSR list."""
     listed = tuple(listed_msrs)
+    sregs: type[ctypes.Structure]
     runtime, reset = msrs.groups(listed)
     if caps.get("KVM_CAP_SREGS2", 0) > 0:
-        sregs = ("KVM_GET_SREGS2", "KVM_SET_SREGS2", Sregs2)
+        suffix, sregs = "SREGS2", Sregs2
     else:
-        sregs = ("KVM_GET_SREGS", "KVM_SET_SREGS", Sregs)
+        suffix, sregs = "SREGS", Sregs
     why = "x87, SSE, AVX: before XCRS, as the kernel checks them apart"
     if caps.get("KVM_CAP_XSAVE2", 0) > 0:
         size = max(4096, caps["KVM_CAP_XSAVE2"])
@@ -148,8 +149,9 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
             b"", once=True,
         ),
         _row(
-            "sregs", sregs[0], sregs[1], RUNTIME, "carries EFER and the APIC base: before LAPIC, nested state and MSRs",
-            sregs[2], then=("guest_debug",),
+            "sregs", f"KVM_GET_{suffix}", f"KVM_SET_{suffix}", RUNTIME, 
+            "carries EFER and the APIC base: before LAPIC, nested state and MSRs",
+            sregs, then=("guest_debug",),
         ),
         Substate(
             "nested", "KVM_GET_NESTED_STATE", "KVM_SET_NESTED_STATE", RESET,
@@ -165,21 +167,21 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
             Regs, then=("events", "guest_debug"),
         ),
         fpu,
-        _row("xcrs", "KVM_GET_XCRS", "KVM_SET_XCRS", RUNTIME, "which of XSAVE's parts are on", Xcrs, cap="KVM_CAP_XCRS"),
+        _row("xcrs", "KVM_GET_XCRS", "KVM_SET_XCRS", RUNTIME, "the XSAVE parts that are on", Xcrs, cap="KVM_CAP_XCRS"),
         _row(
             "lapic", "KVM_GET_LAPIC", "KVM_SET_LAPIC", RESET,
             "after SREGS (APIC base), before the TSC deadline; an interrupt may be arriving at runtime", Lapic,
         ),
         _msr_row("msrs", RUNTIME, "written by this VCPU's own WRMSR only", runtime),
-        _msr_row("msrs_reset", RESET, "TSC, kvmclock and its like, MTRRs, PMU: a write has effects beyond this VCPU", reset),
+        _msr_row("msrs_reset", RESET, "TSC, kvmclock, MTRRs, PMU: a write has effects beyond this VCPU", reset),
         _row(
             "events", "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", RUNTIME,
             "NMI, SIPI and SMM parts only from RESET on: one that arrived meanwhile must not be wiped",
             VcpuEvents, cap="KVM_CAP_VCPU_EVENTS", at=_events_at,
         ),
-        _row("mp_state", "KVM_GET_MP_STATE", "KVM_SET_MP_STATE", RESET, "an INIT or SIPI changes it at any time", MpState),
+        _row("mp_state", "KVM_GET_MP_STATE", "KVM_SET_MP_STATE", RESET, "INIT and SIPI change it at any time", MpState),
         _msr_row(
-            "tsc_deadline", RESET, "after LAPIC and TSC, or the armed timer is lost; rewritten at runtime it fires twice",
+            "tsc_deadline", RESET, "after LAPIC and TSC, or the timer is lost; at runtime it would fire twice",
             (msrs.TSC_DEADLINE,) if msrs.TSC_DEADLINE in listed else (),
         ),
         _row("debugregs", "KVM_GET_DEBUGREGS", "KVM_SET_DEBUGREGS", RUNTIME, "DR0-7 as the guest sees them",
