@@ -149,7 +149,7 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
             b"", once=True,
         ),
         _row(
-            "sregs", f"KVM_GET_{suffix}", f"KVM_SET_{suffix}", RUNTIME, 
+            "sregs", f"KVM_GET_{suffix}", f"KVM_SET_{suffix}", RUNTIME,
             "carries EFER and the APIC base: before LAPIC, nested state and MSRs",
             sregs, then=("guest_debug",),
         ),
