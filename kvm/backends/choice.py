@@ -1,0 +1,45 @@
+"""Which backend runs the guest. Each is imported only when it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvm.backends.interface import System
+from kvm.errors import BackendUnavailable
+
+
+def _kernel() -> System:
+    from kvm.backends.kernel.system import KernelSystem
+
+    try:
+        return KernelSystem()
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"{error}\nOr run the guest without it: --backend software") from error
+
+
+def _software() -> System:
+    try:
+        from kvm.backends.software.system import SoftwareSystem
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the software backend can't be loaded: {error}. Reinstall vmdeck's dependencies: pip install unicorn==2.1.4"
+        ) from error
+    return SoftwareSystem()
+
+
+def _auto() -> System:
+    try:
+        return _kernel()
+    except BackendUnavailable:
+        return _software()
+
+
+BACKENDS: dict[str, Callable[[], System]] = {"auto": _auto, "kvm": _kernel, "software": _software}
+
+
+def open_system(name: str) -> System:
+    """Open the backend ``auto`` (KVM where it is usable, else software), ``kvm`` or ``software``.
+
+    Raises BackendUnavailable, saying why and what to do.
+    """
+    return BACKENDS[name]()
