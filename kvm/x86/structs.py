@@ -172,6 +172,9 @@ class Lapic(ctypes.LittleEndianStructure):
     regs: ctypes.Array[ctypes.c_uint8]
 
 
+SREGS_HEAD = ctypes.sizeof(Sregs) - 32
+"""The bytes that kvm_sregs and kvm_sregs2 begin with alike: all but the interrupt bitmap, or flags and PDPTRs."""
+
 EVENT_VALID_NMI_PENDING = 0x1
 EVENT_VALID_SIPI_VECTOR = 0x2
 EVENT_VALID_SHADOW = 0x4

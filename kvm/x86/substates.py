@@ -200,17 +200,18 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
 
 
 def machine_table(caps: Mapping[str, int]) -> tuple[Substate, ...]:
-    """The machine's own substates, in put and get order; all at FULL, the clock last, before any VCPU runs."""
+    """The machine's own substates, in put and get order: the chips, then the clock, before any VCPU runs."""
     chips = tuple(
         Substate(
-            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", FULL, "shared by all VCPUs", bytes(Irqchip(chip_id=chip)),
+            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, "only while all VCPUs stand", bytes(Irqchip(chip_id=chip)),
             Irqchip, cap="KVM_CAP_IRQCHIP",
         )
         for chip, name in enumerate(("pic_master", "pic_slave", "ioapic"))
     )  # fmt: skip
     rows = (
         *chips,
-        _row("pit", "KVM_GET_PIT2", "KVM_SET_PIT2", FULL, "counts on while VCPUs stand", PitState2, cap="KVM_CAP_PIT2"),
+        _row("pit", "KVM_GET_PIT2", "KVM_SET_PIT2", RESET, "counts on while VCPUs stand", PitState2,
+             cap="KVM_CAP_PIT2"),
         _row(
             "clock", "KVM_GET_CLOCK", "KVM_SET_CLOCK", FULL,
             "before any VCPU runs, or the guest sees time jump (Cloud Hypervisor #7932)", ClockData,

@@ -1,0 +1,69 @@
+"""The ledger: one record for every time a hook moved, or could have moved, VCPU state."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvm.levels import WritebackLevel
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One VCPU's part of a hook, done on its own thread.
+
+    ``skipped``: substates that the level allows and that were left alone because their bytes hadn't changed.
+    ``ioctls`` counts those made for state; ``began_ns`` is CLOCK_MONOTONIC.
+    """
+
+    vcpu: int
+    read: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    ioctls: int = 0
+    began_ns: int = 0
+    microseconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One call of a hook. ``skew_us``: from the first VCPU's stop to the last one's, where the call stopped them."""
+
+    number: int
+    time_ns: int
+    """CLOCK_REALTIME, when the hook returned."""
+    hook: str
+    level: WritebackLevel | None
+    caller: str
+    parts: tuple[Part, ...]
+    microseconds: float
+    skew_us: float
+
+
+class Ledger:
+    """The newest ``limit`` records; older ones are forgotten, ``total`` still counts them. Any thread."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self._records: deque[Record] = deque(maxlen=limit)
+        self._lock = threading.Lock()
+        self.total = 0
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Oldest first."""
+        with self._lock:
+            return tuple(self._records)
+
+    def add(
+        self, hook: str, level: WritebackLevel | None, caller: str, parts: Sequence[Part], began_ns: int, skew_us: float
+    ) -> None:
+        """Record a hook that began at ``began_ns`` (CLOCK_MONOTONIC) and ends now."""
+        microseconds = (time.monotonic_ns() - began_ns) / 1000
+        with self._lock:
+            self.total += 1
+            self._records.append(
+                Record(self.total, time.time_ns(), hook, level, caller, tuple(parts), microseconds, skew_us)
+            )

@@ -1,0 +1,490 @@
+"""The machine: memory, VCPUs and devices, and what can be done with them as a whole.
+
+Operations come from any thread and are serialised by one lock. VCPU threads never take it: what they and the devices
+have to say goes into the inbox of the supervisor thread, which acts on it like any other caller.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from types import TracebackType
+
+from kvm import sync
+from kvm.backends.interface import PAGE_SIZE, Exit, ExitKind, System
+from kvm.boot.image import BootImage
+from kvm.devices.board import Board
+from kvm.errors import ConfigError, KvmError, MachineError, VmdeckError
+from kvm.ledger import Ledger
+from kvm.levels import WritebackLevel
+from kvm.memory import Memory
+from kvm.snapshot.pages import PageStore
+from kvm.snapshot.state import Checkpoint, MachineState, check
+from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
+from kvm.x86 import cpuid, layout, registers, reset
+from kvm.x86.structs import Regs, Sregs, Sregs2
+from kvm.x86.substates import machine_table, vcpu_table
+
+__all__ = ["Activity", "Checkpoint", "Machine", "MachineConfig", "Phase", "Status", "VcpuView"]
+
+STEP_LIMIT = 0.1
+"""Seconds that one instruction may take before the VCPU is held to be waiting: in HLT, or for a SIPI."""
+
+
+class Phase(Enum):
+    """What the machine as a whole is doing."""
+
+    PAUSED = "paused"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    """The guest can't go on: a triple fault, an instruction that KVM can't emulate."""
+    EXITED = "exited"
+    """The guest ended itself through isa-debug-exit; ``Status.code`` is what it wrote."""
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The machine's phase and why: ``reason`` is one line; ``vcpu`` and ``exit`` say who stopped it, and how."""
+
+    phase: Phase
+    reason: str = ""
+    vcpu: int | None = None
+    exit: Exit | None = None
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """``vcpus`` ≥ 1; ``memory`` in bytes, a multiple of 4 KiB."""
+
+    vcpus: int = 1
+    memory: int = 64 << 20
+
+    def check(self, max_vcpus: int) -> None:
+        """Raise ConfigError for a machine that can't be."""
+        if not 1 <= self.vcpus <= max_vcpus:
+            raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
+        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
+            raise ConfigError(
+                f"{self.memory} bytes of memory: it must be at least {layout.MIN_MEMORY >> 20} MiB and a multiple of 4 KiB."
+            )
+        if self.memory > layout.MAX_MEMORY:
+            raise ConfigError(
+                f"{self.memory >> 30} GiB of memory: more than the {layout.MAX_MEMORY >> 30} GiB that a guest's "
+                "physical addresses can hold here."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What the supervisor has to act on; one of an older epoch concerns a state that a reset or load has replaced."""
+
+    epoch: int
+    act: Callable[[], None]
+
+
+class Machine:
+    """A machine, initialised (hooks at FULL) and paused. A context manager; ``close`` it in any case.
+
+    Raises ConfigError, KvmError or MemoryAccessError where it can't be built.
+    """
+
+    def __init__(self, system: System, image: BootImage, config: MachineConfig) -> None:
+        config.check(system.caps["KVM_CAP_MAX_VCPUS"])
+        self.system = system
+        self.image = image
+        self.config = config
+        self.ledger = Ledger()
+        self.vcpus: tuple[Vcpu, ...] = ()
+        self._status = Status(Phase.PAUSED, "not started yet")
+        self._listeners: list[Callable[[Status], None]] = []
+        self._lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
+        self._epoch = 0
+        self._checkpoints: list[Checkpoint] = []
+        self._last_number = 0
+        self._came_from: int | None = None
+        self._vm = system.create_vm()
+        try:
+            self._build()
+        except BaseException:
+            self._free()
+            raise
+        self._supervisor = threading.Thread(target=self._supervise, name="machine", daemon=True)
+        self._supervisor.start()
+
+    def _build(self) -> None:
+        caps = self.system.caps
+        self._vm.create_irqchip()
+        self.memory = Memory(self._vm, self.config.memory, self.image.rom)
+        self._pages = PageStore(self.memory)
+        self.board = Board(self, memory=self.config.memory, vcpus=self.config.vcpus)
+        for port, size in self.board.coalesced_ports:
+            self._vm.coalesce(port, size)
+        self.table = vcpu_table(caps, self.system.msr_list())
+        self._machine_rows = machine_table(caps)
+        control = step_control(caps["KVM_CAP_SET_GUEST_DEBUG2"])
+        for index in range(self.config.vcpus):
+            fd = self._vm.create_vcpu(index)
+            self.vcpus += (Vcpu(fd, self.table, self.board.bus, self.ledger, self._vcpu_stopped, control),)
+        self._power_on()
+
+    def _power_on(self) -> None:
+        """Machine init: what a fresh VCPU holds is the base of every later reset."""
+        supported = self.system.cpuid()
+        deadline = self.system.caps["KVM_CAP_TSC_DEADLINE_TIMER"] > 0
+        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init")
+        for vcpu in self.vcpus:
+            vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
+        self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
+        self._fresh_machine = self._get_machine_rows()
+        self._load_image()
+        self._reset_copies()
+        sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
+
+    # What is known
+
+    @property
+    def status(self) -> Status:
+        """Any thread; never blocks."""
+        return self._status
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Oldest first. Any thread; never blocks."""
+        return tuple(self._checkpoints)
+
+    def subscribe(self, listener: Callable[[Status], None]) -> None:
+        """Call this at every change of status, on the thread that made it; it must not block."""
+        self._listeners.append(listener)
+
+    def wait(self, *phases: Phase, timeout: float | None = None) -> Status:
+        """Wait until the machine is in one of these phases; the status then, or at the end of ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._status.phase in phases, timeout)
+            return self._status
+
+    def request_samples(self) -> None:
+        """Ask every running VCPU for a sample and hand coalesced output on. Any thread; never blocks on a VCPU."""
+        for vcpu in self.vcpus:
+            if vcpu.running:
+                vcpu.fd.request_sample()
+        self._vm.drain(self.board.bus)
+
+    def view(self, vcpu: int) -> VcpuView:
+        """What is known of a VCPU; never synchronises, never blocks. Any thread."""
+        return self.vcpus[vcpu].view()
+
+    # Operations
+
+    def run(self) -> None:
+        """Let the guest run on. Raises MachineError after a triple fault: only a reset or a restore helps then."""
+        with self._operation("run"):
+            if self._status.exit is not None and self._status.exit.kind is ExitKind.SHUTDOWN:
+                raise MachineError(
+                    "Can't run: the guest has shut down (triple fault). Reset it or restore a checkpoint."
+                )
+            self._resume()
+
+    def pause(self) -> None:
+        """Stop every VCPU. Raises MachineError naming a VCPU that doesn't stop."""
+        with self._operation("pause"):
+            if self._status.phase is Phase.RUNNING:
+                self._stop_all()
+                self._set_status(Status(Phase.PAUSED, "paused"))
+
+    def step(self, vcpu: int | None = None) -> tuple[Exit, ...]:
+        """Execute one instruction on one VCPU, or one on each, all at once; pauses first.
+
+        A VCPU that waits (HLT, wait-for-SIPI) doesn't step: its exit is KICKED. Raises MachineError, KvmError.
+        """
+        with self._operation("step"):
+            self._stop_all()
+            targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
+            epoch = self._epoch
+            replies = [(target, target.step()) for target in targets]
+            exits = []
+            for target, reply in replies:
+                try:
+                    outcome = reply.outcome(STEP_LIMIT)
+                except MachineError:
+                    target.interrupt_step()
+                    outcome = reply.outcome()
+                exits.append(outcome())
+            self._set_status(Status(Phase.PAUSED, "stepped"))
+            for target, ended in zip(targets, exits, strict=True):
+                if ended.kind is ExitKind.KICKED:
+                    target.stop_reason = "waits, nothing to step"
+                elif ended.kind is ExitKind.DEBUG:
+                    target.stop_reason = "stepped"
+                elif epoch == self._epoch:
+                    self._guest_stopped(target, ended)
+            return tuple(exits)
+
+    def reset(self) -> None:
+        """A system reset: devices, VCPUs, and the image as it was loaded; the guest goes on if it ran."""
+        with self._operation("reset"):
+            was_running = self._status.phase is Phase.RUNNING
+            skew = self._stop_all()
+            self._epoch += 1
+            sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
+            self._board_reset()
+            self._load_image()
+            self._reset_copies()
+            sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
+            self._came_from = None
+            self._set_status(Status(Phase.PAUSED, "reset"))
+            if was_running:
+                self._resume()
+
+    def save(self) -> MachineState:
+        """The state without memory; pauses, and leaves the machine paused. Devices first, then the VCPUs."""
+        with self._operation("save"):
+            skew = self._pause_for("save")
+            self._vm.drain(self.board.bus)
+            devices = self.board.save()
+            machine = self._get_machine_rows()
+            sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew)
+            return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
+
+    def load(self, state: MachineState) -> None:
+        """Take a state (memory is the caller's matter); leaves the machine paused.
+
+        Raises MachineError or VmdeckError, nothing changed, if it doesn't fit; KvmError if a put fails: the machine is
+        then STOPPED, its copies still hold the state, and another load or a reset mends it.
+        """
+        with self._operation("load"):
+            check(state, self.table, self._machine_rows, len(self.vcpus))
+            self._pause_for("load")
+            self._epoch += 1
+            self.board.load(dict(state.devices))
+            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
+            for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
+                vcpu.copy.update(copy)
+            try:
+                self._vm.put(
+                    [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
+                )
+                sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
+            except KvmError as error:
+                self._set_status(Status(Phase.STOPPED, f"load failed: {error}", error.vcpu))
+                raise
+            self._set_status(Status(Phase.PAUSED, "loaded"))
+
+    def checkpoint(self, name: str = "") -> Checkpoint:
+        """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
+        with self._operation("checkpoint"):
+            was_running = self._status.phase is Phase.RUNNING
+            before = self._status
+            state = self.save()
+            try:
+                index, pages = self._pages.take()
+            except MemoryError:
+                raise MachineError(
+                    "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
+                ) from None
+            self._last_number += 1
+            checkpoint = Checkpoint(
+                number=self._last_number,
+                name=name or f"checkpoint {self._last_number}",
+                taken=time.time(),
+                position=tuple(Regs.from_buffer_copy(copy["regs"]).rip for copy in state.vcpus),
+                pages=pages,
+                parent=self._came_from,
+                state=state,
+                index=index,
+            )
+            self._checkpoints.append(checkpoint)
+            self._came_from = checkpoint.number
+            if was_running:
+                self._resume()
+            else:
+                self._set_status(before)
+            return checkpoint
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of this machine; the guest goes on if it ran. Raises MachineError, KvmError."""
+        with self._operation("restore"):
+            if checkpoint not in self._checkpoints:
+                raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
+            was_running = self._status.phase is Phase.RUNNING
+            self._pause_for("restore")
+            self._pages.put_back(checkpoint.index)
+            self.load(checkpoint.state)
+            self._came_from = checkpoint.number
+            self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
+            if was_running:
+                self._resume()
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
+        with self._operation("forget"):
+            if checkpoint not in self._checkpoints:
+                raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
+            self._checkpoints.remove(checkpoint)
+            self._pages.keep_only(kept.index for kept in self._checkpoints)
+
+    def edit(self, vcpu: int, register: str, value: int) -> None:
+        """Set one register ("rax", "cr3", "cs.base"…) of a VCPU's copy; it reaches the guest when it runs on.
+
+        Pauses the machine. Raises ConfigError for a register or value that there isn't.
+        """
+        with self._operation("edit"):
+            registers.check(register, value)
+            self._pause_for("edit")
+            target = self.vcpus[vcpu]
+            sync.cpu_synchronize_state(target, ledger=self.ledger, caller="edit")
+            registers.write(target.copy, register, value)
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """Guest-physical memory; while the guest runs it may change under the read. Raises MemoryAccessError."""
+        return self.memory.read(address, size)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Write guest-physical memory; pauses the machine. Raises MemoryAccessError."""
+        with self._operation("write memory"):
+            self._pause_for("write memory")
+            self.memory.write(address, data)
+
+    def close(self) -> None:
+        """End the threads and free everything. Can be called again."""
+        with self._lock:
+            if self._status.phase is Phase.CLOSED:
+                return
+            self._epoch += 1
+            self._set_status(Status(Phase.CLOSED, "closed"))
+        self._inbox.put(None)
+        if threading.current_thread() is not self._supervisor:
+            self._supervisor.join()
+        self._free()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What devices ask for (kvm.devices.platform), on VCPU threads
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Set an interrupt line."""
+        self._vm.irq_line(gsi, level)
+
+    def request_reset(self, why: str) -> None:
+        """The guest wants a reset: stop it where it stands; the supervisor resets."""
+        self._stop_soon(lambda: self._guest_reset(why))
+
+    def request_exit(self, code: int) -> None:
+        """The guest ended itself: stop it where it stands."""
+        self._stop_soon(lambda: self._guest_exited(code))
+
+    # Inside
+
+    @contextmanager
+    def _operation(self, name: str) -> Iterator[None]:
+        with self._lock:
+            if self._status.phase is Phase.CLOSED:
+                raise MachineError(f"Can't {name}: the machine is closed.")
+            yield
+
+    def _set_status(self, status: Status) -> None:
+        with self._changed:
+            self._status = status
+            self._changed.notify_all()
+        for listener in tuple(self._listeners):
+            listener(status)
+
+    def _resume(self) -> None:
+        self._set_status(Status(Phase.RUNNING))
+        for reply in [vcpu.resume() for vcpu in self.vcpus]:
+            reply.outcome()
+
+    def _stop_all(self) -> float:
+        """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""
+        stood = [reply.outcome()() for reply in [vcpu.stop() for vcpu in self.vcpus]]
+        self._vm.drain(self.board.bus)
+        return (max(stood) - min(stood)) / 1000
+
+    def _pause_for(self, operation: str) -> float:
+        skew = self._stop_all()
+        if self._status.phase is Phase.RUNNING:
+            self._set_status(Status(Phase.PAUSED, f"paused to {operation}"))
+        return skew
+
+    def _get_machine_rows(self) -> dict[str, bytes]:
+        return dict(zip((row.name for row in self._machine_rows), self._vm.get(self._machine_rows), strict=True))
+
+    def _board_reset(self) -> None:
+        self.board.reset()
+        rows = [row for row in self._machine_rows if row.level <= WritebackLevel.RESET]
+        self._vm.put([(row, self._fresh_machine[row.name]) for row in rows])
+
+    def _load_image(self) -> None:
+        for segment in self.image.segments:
+            self.memory.write(segment.address, segment.data)
+            self.memory.zero(segment.address + len(segment.data), segment.size - len(segment.data))
+
+    def _reset_copies(self) -> None:
+        """Every copy to its reset value, the BSP then to what the image's format promises at entry."""
+        for vcpu, fresh in zip(self.vcpus, self._fresh, strict=True):
+            vcpu.copy.update(reset.reset_state(fresh, vcpu.index))
+        bsp = self.vcpus[0].copy
+        kind = Sregs2 if self.table.by_name["sregs"].struct is Sregs2 else Sregs
+        regs, sregs = Regs.from_buffer_copy(bsp["regs"]), kind.from_buffer_copy(bsp["sregs"])
+        self.image.entry.apply(regs, sregs)
+        bsp["regs"], bsp["sregs"] = bytes(regs), bytes(sregs)
+
+    # The supervisor, and who writes to it
+
+    def _vcpu_stopped(self, vcpu: Vcpu, ended: Exit | VmdeckError) -> None:
+        """On the VCPU's thread: its guest can't go on."""
+        self._stop_soon(lambda: self._guest_stopped(vcpu, ended))
+
+    def _stop_soon(self, act: Callable[[], None]) -> None:
+        """From a VCPU's thread: have every VCPU stop where it stands, without waiting, and the supervisor act."""
+        self._inbox.put(_Message(self._epoch, act))
+        for vcpu in self.vcpus:
+            vcpu.stop()
+
+    def _supervise(self) -> None:
+        while (message := self._inbox.get()) is not None:
+            with self._lock:
+                if message.epoch == self._epoch:
+                    try:
+                        self._stop_all()
+                        message.act()
+                    except VmdeckError as error:
+                        self._set_status(Status(Phase.STOPPED, str(error)))
+
+    def _guest_reset(self, why: str) -> None:
+        was_running = self._status.phase is Phase.RUNNING
+        self.reset()
+        if not was_running:
+            self._set_status(Status(Phase.PAUSED, f"the guest asked for a reset ({why})"))
+
+    def _guest_exited(self, code: int) -> None:
+        self._set_status(Status(Phase.EXITED, f"the guest ended itself with {code:#x}", code=code))
+
+    def _guest_stopped(self, vcpu: Vcpu, ended: Exit | VmdeckError) -> None:
+        if isinstance(ended, VmdeckError):
+            vcpu.stop_reason = str(ended)
+            self._set_status(Status(Phase.STOPPED, str(ended), vcpu.index))
+            return
+        vcpu.stop_reason = ended.kind.value
+        phase = Phase.PAUSED if ended.kind is ExitKind.DEBUG else Phase.STOPPED
+        detail = f": {ended.detail}" if ended.detail else ""
+        self._set_status(Status(phase, f"VCPU {vcpu.index}: {ended.kind.value}{detail}", vcpu.index, ended))
+
+    def _free(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self._vm.close()

@@ -1,0 +1,145 @@
+"""Guest memory: RAM and ROM as host mappings, their slots, and which pages have changed.
+
+A *page number* here counts the RAM's 4 KiB pages through all RAM regions, from 0, holes left out. ROM can't change
+and isn't counted.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvm.backends.interface import PAGE_SIZE, Vm
+from kvm.errors import ConfigError, MemoryAccessError
+from kvm.x86 import layout
+
+Pages = NDArray[np.int64]
+
+_MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0
+
+
+def _host_memory(size: int) -> mmap.mmap:
+    """Anonymous, zero, private; taken from the host page by page as it's touched."""
+    try:
+        if hasattr(mmap, "MAP_ANONYMOUS"):
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            return mmap.mmap(-1, size, flags=flags)
+        return mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"The host gives no {size >> 20} MiB for guest memory ({error}). Ask for less with --memory."
+        ) from error
+
+
+@dataclass(eq=False)
+class Region:
+    """One slot: ``size`` bytes of host memory at a guest-physical ``address``."""
+
+    slot: int
+    address: int
+    memory: mmap.mmap
+    readonly: bool
+    first_page: int
+    """The page number of its first page (RAM only)."""
+    host_wrote: set[int] = field(default_factory=set)
+    """Pages of the region that the host wrote: the backend's dirty log doesn't know of them."""
+
+    def __post_init__(self) -> None:
+        self.size = len(self.memory)
+        self.pages = np.frombuffer(self.memory, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+
+
+class Memory:
+    """The guest's physical memory, for whoever holds the machine's lock; reads may race with the guest."""
+
+    def __init__(self, vm: Vm, size: int, rom: bytes) -> None:
+        """``size`` bytes of RAM, in two parts around the MMIO hole if it doesn't fit below; ``rom`` ends at 4 GiB."""
+        self._vm = vm
+        self.size = size
+        low = min(size, layout.MMIO_HOLE)
+        self.ram = [Region(0, 0, _host_memory(low), False, 0)]
+        if size > low:
+            self.ram.append(Region(1, layout.HIGH_RAM, _host_memory(size - low), False, low // PAGE_SIZE))
+        self.regions = list(self.ram)
+        if rom:
+            region = Region(2, layout.ROM_END - len(rom), _host_memory(len(rom)), True, 0)
+            region.memory[:] = rom
+            self.regions.append(region)
+        self._logging = False
+        for region in self.regions:
+            vm.set_memory(region.slot, region.address, region.memory, readonly=region.readonly)
+
+    @property
+    def page_count(self) -> int:
+        return self.size // PAGE_SIZE
+
+    def read(self, address: int, size: int) -> bytes:
+        """``size`` bytes at a guest-physical address. Raises MemoryAccessError where there is no memory."""
+        return b"".join(
+            bytes(memoryview(region.memory)[start : start + count])
+            for region, start, count in self._spans(address, size, "read")
+        )
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write into guest memory, ROM too. Raises MemoryAccessError, having written nothing, where there is none."""
+        spans = list(self._spans(address, len(data), "write"))
+        done = 0
+        for region, start, count in spans:
+            region.memory[start : start + count] = data[done : done + count]
+            if not region.readonly:
+                region.host_wrote.update(range(start // PAGE_SIZE, (start + count - 1) // PAGE_SIZE + 1))
+            done += count
+        self._vm.memory_changed()
+
+    def zero(self, address: int, size: int) -> None:
+        """Write zeros, a piece at a time: an image's bss may be most of the memory."""
+        piece = 1 << 20
+        for offset in range(0, size, piece):
+            self.write(address + offset, bytes(min(piece, size - offset)))
+
+    def start_log(self) -> None:
+        """From now on ``dirty_pages`` tells what was written. The first page log costs the guest write faults."""
+        if not self._logging:
+            for region in self.ram:
+                self._vm.set_memory(region.slot, region.address, region.memory, log_dirty=True)
+                region.host_wrote.clear()
+            self._logging = True
+
+    def dirty_pages(self) -> Pages:
+        """The numbers of the pages written, by guest or host, since the last call; ascending."""
+        found = []
+        for region in self.ram:
+            pages = self._vm.dirty_pages(region.slot)
+            if region.host_wrote:
+                host = np.fromiter(region.host_wrote, np.int64, len(region.host_wrote))
+                pages = np.union1d(pages, host)
+                region.host_wrote.clear()
+            found.append(pages + region.first_page if region.first_page else pages)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:
+        """Ascending page numbers split by region: the region, their numbers within it, their place in ``pages``."""
+        for region in self.ram:
+            last = region.first_page + len(region.pages)
+            start, stop = np.searchsorted(pages, (region.first_page, last))
+            if stop > start:
+                yield region, pages[start:stop] - region.first_page, slice(int(start), int(stop))
+
+    def changed(self) -> None:
+        """Tell the backend that the host rewrote memory by way of the regions."""
+        self._vm.memory_changed()
+
+    def _spans(self, address: int, size: int, doing: str) -> Iterable[tuple[Region, int, int]]:
+        end = address + size
+        while address < end:
+            region = next((r for r in self.regions if r.address <= address < r.address + r.size), None)
+            if region is None:
+                raise MemoryAccessError(f"Can't {doing} at guest-physical {address:#x}: there is no memory.")
+            start = address - region.address
+            count = min(end - address, region.size - start)
+            yield region, start, count
+            address += count

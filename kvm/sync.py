@@ -1,0 +1,151 @@
+"""The state-writeback contract: who owns a VCPU's registers, and the only places where that changes.
+
+A VCPU's state lives in the kernel, or, while ``vcpu.dirty``, in ``vcpu.copy``. These hooks are the only code that
+moves it (QEMU's "KVM: Rework VCPU state writeback API", 2010); everything else reads and writes the copy after
+:func:`cpu_synchronize_state` and never thinks of writing it back. Each VCPU's part runs on its own thread.
+
+===================================  =================================================================
+hook                                 called from, and only from
+===================================  =================================================================
+cpu_synchronize_state                whoever is about to read or write one VCPU's state
+cpu_synchronize_all_states           ``Machine.save``; the start of ``Machine.reset`` and of machine init
+cpu_synchronize_all_post_reset       the end of ``Machine.reset``
+cpu_synchronize_all_post_init        after machine init; the end of ``Machine.load``
+cpu_synchronize_all_pre_loadvm       the start of ``Machine.load``
+before_run                           the VCPU's run loop, before KVM_RUN
+===================================  =================================================================
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvm.errors import SubstateError
+from kvm.ledger import Ledger, Part
+from kvm.levels import WritebackLevel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvm.vcpu import Vcpu
+
+__all__ = [
+    "WritebackLevel",
+    "before_run",
+    "cpu_synchronize_all_post_init",
+    "cpu_synchronize_all_post_reset",
+    "cpu_synchronize_all_pre_loadvm",
+    "cpu_synchronize_all_states",
+    "cpu_synchronize_state",
+]
+
+
+def cpu_synchronize_state(vcpu: Vcpu, *, ledger: Ledger, caller: str) -> None:
+    """Bring one VCPU's whole state into its copy, which owns it from then on; nothing if it does already.
+
+    Raises SubstateError; the kernel then still owns the state.
+    """
+    began = time.monotonic_ns()
+    if not vcpu.dirty:
+        part = vcpu.run_on(lambda: _get(vcpu))
+        ledger.add("cpu_synchronize_state", None, caller, (part,), began, 0.0)
+
+
+def cpu_synchronize_all_states(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
+    """:func:`cpu_synchronize_state` for every VCPU. Raises SubstateError."""
+    began = time.monotonic_ns()
+    parts = _on_all(vcpus, _get)
+    ledger.add("cpu_synchronize_all_states", None, caller, parts, began, skew_us)
+
+
+def cpu_synchronize_all_post_reset(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
+    """Give every VCPU's copy back to the kernel at RESET. Raises SubstateError; what failed stays dirty."""
+    _give_back("cpu_synchronize_all_post_reset", vcpus, WritebackLevel.RESET, ledger, caller)
+
+
+def cpu_synchronize_all_post_init(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
+    """Give every VCPU's copy back to the kernel at FULL. Raises SubstateError; what failed stays dirty."""
+    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller)
+
+
+def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
+    """Let every copy own its VCPU's state without reading it.
+
+    All of it is about to be loaded: a read later on, by a device that loads, would clobber what was loaded before
+    (QEMU 75e972dab5).
+    """
+    began = time.monotonic_ns()
+    _assert_stopped(vcpus)
+    parts = [Part(vcpu.index) for vcpu in vcpus]
+    for vcpu in vcpus:
+        vcpu.dirty = True
+    ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, 0.0)
+
+
+def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
+    """On the VCPU's own thread, before KVM_RUN: give a dirty copy back at RUNTIME. Raises SubstateError."""
+    if vcpu.dirty or vcpu.ours_changed():
+        began = time.monotonic_ns()
+        part = _put(vcpu, WritebackLevel.RUNTIME)
+        ledger.add("before_run", WritebackLevel.RUNTIME, "run", (part,), began, 0.0)
+
+
+def _give_back(hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str) -> None:
+    began = time.monotonic_ns()
+    _assert_stopped(vcpus)
+    parts = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    ledger.add(hook, level, caller, parts, began, 0.0)
+
+
+def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], Part]) -> list[Part]:
+    """Run each VCPU's part on its thread, all at once; every part is waited for before an error is raised."""
+    waiting = [vcpu.post(lambda vcpu=vcpu: part(vcpu)) for vcpu in vcpus]  # type: ignore[misc]
+    outcomes = [reply.outcome() for reply in waiting]
+    return [outcome() for outcome in outcomes]
+
+
+def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
+    running = [vcpu.index for vcpu in vcpus if vcpu.running]
+    assert not running, f"VCPUs {running} run while all must be stopped"
+
+
+def _get(vcpu: Vcpu) -> Part:
+    if vcpu.dirty:
+        return Part(vcpu.index)
+    began = time.monotonic_ns()
+    rows = vcpu.table.get_order
+    fetched = dict(zip((row.name for row in rows), vcpu.fd.get(rows), strict=True))
+    vcpu.take(fetched)
+    vcpu.dirty = True
+    return Part(vcpu.index, tuple(fetched), (), (), len(rows), began, (time.monotonic_ns() - began) / 1000)
+
+
+def _put(vcpu: Vcpu, level: WritebackLevel) -> Part:
+    """Write what the table says for this level: at RUNTIME only rows whose bytes changed, and those that must follow.
+
+    Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
+    """
+    began = time.monotonic_ns()
+    allowed = [row for row in vcpu.table.put_order if row.level <= level and (vcpu.dirty or row.get is None)]
+    batch = []
+    again: set[str] = set()
+    for row in allowed:
+        raw = vcpu.copy[row.name]
+        changed = vcpu.known.get(row.name) != raw
+        # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
+        if changed or (row.name in again and any(raw)) or (level > WritebackLevel.RUNTIME and row.get is not None):
+            batch.append((row, row.at(raw, level)))
+            again.update(row.then)
+    try:
+        if batch:
+            vcpu.fd.put(batch)
+    except SubstateError as error:
+        vcpu.known.update((row.name, vcpu.copy[row.name]) for row, _ in batch[: error.moved])
+        raise
+    written = tuple(row.name for row, _ in batch)
+    vcpu.gave_back(written, level)
+    vcpu.dirty = False
+    skipped = tuple(row.name for row in allowed if row.name not in written)
+    return Part(vcpu.index, (), written, skipped, len(batch), began, (time.monotonic_ns() - began) / 1000)

@@ -1,0 +1,290 @@
+"""One VCPU: the worker thread that owns its fd, and the user copy of its state.
+
+The thread sleeps on its mailbox while the VCPU is stopped and looks at it before every entry into the guest while
+it runs. Work for it (``post``, ``run_on``) is a function put into that mailbox, with a kick if the guest is running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, NoReturn, TypeVar
+
+from kvm import sync
+from kvm.backends.interface import Bus, Exit, ExitKind, Sample, VcpuFd
+from kvm.errors import MachineError, VmdeckError
+from kvm.ledger import Ledger
+from kvm.levels import WritebackLevel
+from kvm.x86.structs import GUESTDBG_BLOCKIRQ, GUESTDBG_ENABLE, GUESTDBG_SINGLESTEP, SREGS_HEAD, GuestDebug, Regs, Sregs
+from kvm.x86.substates import Table
+
+T = TypeVar("T")
+
+WAIT_LIMIT = 20.0
+"""Seconds that a VCPU may take to answer. Kicks arrive within milliseconds: past this it hangs."""
+
+
+class Activity(Enum):
+    """What a VCPU is doing."""
+
+    RUNNING = "running"
+    HALTED = "halted"
+    WAIT_SIPI = "wait-for-SIPI"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuView:
+    """What is known of a VCPU at this moment, without synchronising anything.
+
+    ``regs``, ``sregs`` and ``events`` are struct kvm_regs, kvm_sregs and kvm_vcpu_events; empty if nothing is known
+    yet. ``time_ns`` is CLOCK_MONOTONIC. ``from_copy``: the values are the user copy's, so exact.
+    """
+
+    index: int
+    regs: bytes
+    sregs: bytes
+    events: bytes
+    sequence: int
+    time_ns: int
+    activity: Activity
+    reason: str
+    dirty: bool
+    last_put: WritebackLevel | None
+    from_copy: bool
+
+
+class Reply(Generic[T]):
+    """The answer to posted work."""
+
+    def __init__(self, vcpu: int) -> None:
+        self._vcpu = vcpu
+        self._box: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+
+    def deliver(self, outcome: Callable[[], T]) -> None:
+        self._box.put(outcome)
+
+    def outcome(self, timeout: float = WAIT_LIMIT) -> Callable[[], T]:
+        """Wait for it; what comes back returns the result or raises. MachineError after ``timeout`` seconds."""
+        try:
+            return self._box.get(timeout=timeout)
+        except queue.Empty:
+            raise MachineError(
+                f"VCPU {self._vcpu} did not answer within {timeout:g} s. Its thread hangs in the kernel or the host is "
+                f"overloaded; the other VCPUs are as they were. Try again, or end vmdeck."
+            ) from None
+
+
+def _result(value: T) -> Callable[[], T]:
+    return lambda: value
+
+
+def _raiser(error: BaseException) -> Callable[[], NoReturn]:
+    def raise_it() -> NoReturn:
+        raise error
+
+    return raise_it
+
+
+class Vcpu:
+    """One VCPU. ``copy`` and ``dirty`` belong to whoever holds the machine's lock while the VCPU is stopped."""
+
+    def __init__(
+        self,
+        fd: VcpuFd,
+        table: Table,
+        bus: Bus,
+        ledger: Ledger,
+        on_stop: Callable[[Vcpu, Exit | VmdeckError], None],
+        step_control: int,
+    ) -> None:
+        self.index = fd.index
+        self.fd = fd
+        self.table = table
+        self.copy: dict[str, bytes] = {row.name: row.template for row in table.put_order}
+        """Every substate's bytes; the truth while ``dirty``, and always for the rows that KVM can't read back."""
+        self.known: dict[str, bytes] = {}
+        """What the kernel holds, as far as it is known: as fetched, or as last written. Valid as ``copy`` is."""
+        self.dirty = False
+        self.running = False
+        self.last_put: WritebackLevel | None = None
+        self.stop_reason = ""
+        self._bus = bus
+        self._ledger = ledger
+        self._on_stop = on_stop
+        self._step_control = step_control
+        self._settled: Sample | None = None
+        self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"vcpu{fd.index}", daemon=True)
+        self._thread.start()
+
+    # Work for the thread
+
+    def post(self, work: Callable[[], T]) -> Reply[T]:
+        """Have the VCPU's thread do this, soon; doesn't wait. From any thread."""
+        reply: Reply[T] = Reply(self.index)
+
+        def job() -> None:
+            try:
+                outcome = _result(work())
+            except BaseException as error:  # it belongs to whoever asked
+                outcome = _raiser(error)
+            reply.deliver(outcome)
+
+        self._mailbox.put(job)
+        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs.
+        if self.running:
+            self.fd.kick()
+        return reply
+
+    def run_on(self, work: Callable[[], T]) -> T:
+        """Have the VCPU's thread do this and wait for the result. Raises what it raises, or MachineError."""
+        if threading.current_thread() is self._thread:
+            return work()
+        return self.post(work).outcome()()
+
+    def resume(self) -> Reply[None]:
+        """Let the guest run."""
+        return self.post(self._resume)
+
+    def stop(self) -> Reply[int]:
+        """Stop the guest; the answer is when it stood, CLOCK_MONOTONIC ns."""
+        return self.post(self._stop)
+
+    def step(self) -> Reply[Exit]:
+        """Execute one instruction. The answer may not come while the VCPU is halted: see ``interrupt_step``."""
+        return self.post(self._step)
+
+    def interrupt_step(self) -> None:
+        """Make a step that waits (in HLT, for a SIPI) end with KICKED."""
+        self._mailbox.put(lambda: None)
+        self.fd.kick()
+
+    def close(self) -> None:
+        """End the thread and close the fd. Raises MachineError if the thread doesn't end."""
+        self.stop()
+        self._mailbox.put(None)
+        self._thread.join(WAIT_LIMIT)
+        if self._thread.is_alive():
+            raise MachineError(f"VCPU {self.index}'s thread did not end within {WAIT_LIMIT:g} s")
+        self.fd.close()
+
+    def _resume(self) -> None:
+        self.stop_reason = ""
+        self.running = True
+
+    def _stop(self) -> int:
+        self.running = False
+        return time.monotonic_ns()
+
+    def _work(self) -> None:
+        self.fd.bind()
+        while True:
+            if self.running:
+                self.fd.clear_kick()  # before the look at the mailbox: a kick after it makes run() return at once
+                try:
+                    job = self._mailbox.get_nowait()
+                except queue.Empty:
+                    self._run_guest()
+                    continue
+            else:
+                job = self._mailbox.get()
+            if job is None:
+                return
+            job()
+
+    def _run_guest(self) -> None:
+        try:
+            sync.before_run(self, ledger=self._ledger)
+            ended: Exit | VmdeckError = self.fd.run(self._bus)
+        except VmdeckError as error:
+            ended = error
+        if isinstance(ended, Exit) and ended.kind is ExitKind.KICKED:
+            return
+        self.running = False
+        self._on_stop(self, ended)
+
+    def _step(self) -> Exit:
+        before = self.copy["guest_debug"]
+        debug = GuestDebug.from_buffer_copy(before)
+        debug.control |= self._step_control
+        self.copy["guest_debug"] = bytes(debug)
+        try:
+            sync.before_run(self, ledger=self._ledger)
+            self.fd.clear_kick()
+            if not self._mailbox.empty():
+                return Exit(ExitKind.KICKED)
+            return self.fd.run(self._bus)
+        finally:
+            self.copy["guest_debug"] = before
+
+    # The copy
+
+    def take(self, fetched: Mapping[str, bytes]) -> None:
+        """Fill the copy with what was fetched from the kernel."""
+        self.copy.update(fetched)
+        self.known.update(fetched)
+
+    def ours_changed(self) -> bool:
+        """Does a row that KVM can't read back differ from what the kernel was last given?"""
+        return any(
+            self.known.get(name, self.table.by_name[name].template) != self.copy[name] for name in self.table.ours
+        )
+
+    def gave_back(self, written: tuple[str, ...], level: WritebackLevel) -> None:
+        """The kernel now holds these rows of the copy; what it holds is also what there is to see until it runs on."""
+        self.known.update((name, self.copy[name]) for name in written)
+        if self.dirty:
+            self.last_put = level
+            self._settled = self._sample_of_copy()
+
+    def view(self) -> VcpuView:
+        """What is known now. Any thread; never blocks."""
+        if self.dirty:
+            sample: Sample | None = self._sample_of_copy()
+            from_copy = True
+        else:
+            sample = self._newest()
+            from_copy = False
+        if sample is None:
+            sample = Sample(0, 0, b"", b"", b"")
+        return VcpuView(
+            self.index, sample.regs, sample.sregs, sample.events, sample.sequence, sample.time_ns,
+            self._activity(sample), self.stop_reason, self.dirty, self.last_put, from_copy,
+        )  # fmt: skip
+
+    def _newest(self) -> Sample | None:
+        published, settled = self.fd.sample(), self._settled
+        if published is None or settled is None:
+            return published or settled
+        return published if published.time_ns > settled.time_ns else settled
+
+    def _sample_of_copy(self) -> Sample:
+        copy = self.copy
+        sregs = copy["sregs"][:SREGS_HEAD].ljust(ctypes.sizeof(Sregs), b"\0")
+        return Sample(0, time.monotonic_ns(), copy["regs"], sregs, copy.get("events", b""))
+
+    def _activity(self, sample: Sample) -> Activity:
+        if not self.running:
+            return Activity.STOPPED
+        if not self.fd.waiting():
+            return Activity.RUNNING
+        if self.index and sample.regs:
+            # Only INIT leaves a VCPU at the reset vector, and only a waiting one stays there.
+            rip = Regs.from_buffer_copy(sample.regs).rip
+            if rip == 0xFFF0 and Sregs.from_buffer_copy(sample.sregs).cs.base == 0xFFFF0000:
+                return Activity.WAIT_SIPI
+        return Activity.HALTED
+
+
+def step_control(guest_debug2: int) -> int:
+    """GUESTDBG_* bits for a single step, given KVM_CAP_SET_GUEST_DEBUG2's value (the bits that the kernel knows).
+
+    BLOCKIRQ where it exists: a step should not land in the timer's handler.
+    """
+    return GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP | (GUESTDBG_BLOCKIRQ & guest_debug2)
