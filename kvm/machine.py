@@ -72,7 +72,7 @@ class MachineConfig:
             raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
         if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
             raise ConfigError(
-                f"{self.memory} bytes of memory: it must be at least {layout.MIN_MEMORY >> 20} MiB and a multiple of 4 KiB."
+                f"{self.memory} bytes of memory: at least {layout.MIN_MEMORY >> 20} MiB and a multiple of 4 KiB are needed."
             )
         if self.memory > layout.MAX_MEMORY:
             raise ConfigError(
@@ -247,12 +247,7 @@ class Machine:
     def save(self) -> MachineState:
         """The state without memory; pauses, and leaves the machine paused. Devices first, then the VCPUs."""
         with self._operation("save"):
-            skew = self._pause_for("save")
-            self._vm.drain(self.board.bus)
-            devices = self.board.save()
-            machine = self._get_machine_rows()
-            sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew)
-            return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
+            return self._save(self._pause_for("save"))
 
     def load(self, state: MachineState) -> None:
         """Take a state (memory is the caller's matter); leaves the machine paused.
@@ -263,27 +258,14 @@ class Machine:
         with self._operation("load"):
             check(state, self.table, self._machine_rows, len(self.vcpus))
             self._pause_for("load")
-            self._epoch += 1
-            self.board.load(dict(state.devices))
-            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
-            for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
-                vcpu.copy.update(copy)
-            try:
-                self._vm.put(
-                    [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
-                )
-                sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
-            except KvmError as error:
-                self._set_status(Status(Phase.STOPPED, f"load failed: {error}", error.vcpu))
-                raise
+            self._load(state)
             self._set_status(Status(Phase.PAUSED, "loaded"))
 
     def checkpoint(self, name: str = "") -> Checkpoint:
         """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
         with self._operation("checkpoint"):
             was_running = self._status.phase is Phase.RUNNING
-            before = self._status
-            state = self.save()
+            state = self._save(self._stop_all())
             try:
                 index, pages = self._pages.take()
             except MemoryError:
@@ -305,8 +287,6 @@ class Machine:
             self._came_from = checkpoint.number
             if was_running:
                 self._resume()
-            else:
-                self._set_status(before)
             return checkpoint
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -315,9 +295,9 @@ class Machine:
             if checkpoint not in self._checkpoints:
                 raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
             was_running = self._status.phase is Phase.RUNNING
-            self._pause_for("restore")
+            self._stop_all()
             self._pages.put_back(checkpoint.index)
-            self.load(checkpoint.state)
+            self._load(checkpoint.state)
             self._came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
@@ -419,6 +399,28 @@ class Machine:
         if self._status.phase is Phase.RUNNING:
             self._set_status(Status(Phase.PAUSED, f"paused to {operation}"))
         return skew
+
+    def _save(self, skew_us: float) -> MachineState:
+        """All stand: devices first, so that what they still owe a VCPU is in its state."""
+        devices = self.board.save()
+        machine = self._get_machine_rows()
+        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us)
+        return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
+
+    def _load(self, state: MachineState) -> None:
+        """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
+        self._epoch += 1
+        sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
+        self.board.load(dict(state.devices))
+        for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
+            vcpu.copy.update(copy)
+        rows = [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
+        try:
+            self._vm.put(rows)
+            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
+        except KvmError as error:
+            self._set_status(Status(Phase.STOPPED, f"load failed: {error}", error.vcpu))
+            raise
 
     def _get_machine_rows(self) -> dict[str, bytes]:
         return dict(zip((row.name for row in self._machine_rows), self._vm.get(self._machine_rows), strict=True))

@@ -203,7 +203,7 @@ def machine_table(caps: Mapping[str, int]) -> tuple[Substate, ...]:
     """The machine's own substates, in put and get order: the chips, then the clock, before any VCPU runs."""
     chips = tuple(
         Substate(
-            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, "only while all VCPUs stand", bytes(Irqchip(chip_id=chip)),
+            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, "while all VCPUs stand", bytes(Irqchip(chip_id=chip)),
             Irqchip, cap="KVM_CAP_IRQCHIP",
         )
         for chip, name in enumerate(("pic_master", "pic_slave", "ioapic"))
