@@ -39,5 +39,5 @@ def parse_count(text: str) -> int:
 
 def show_size(size: int) -> str:
     """The shortest exact form that parse_size reads back: ``64M``, ``1G``, ``4097``."""
-    suffix, unit = next(row for row in _UNITS if size % row[1] == 0 and size >= row[1] or row[1] == 1)
+    suffix, unit = next(row for row in _UNITS if (size % row[1] == 0 and size >= row[1]) or row[1] == 1)
     return f"{size // unit}{suffix}"

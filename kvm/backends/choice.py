@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from kvm.backends.interface import System
 from kvm.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from kvm.backends.interface import System
 
 
 def _kernel() -> System:
@@ -22,7 +25,7 @@ def _software() -> System:
         from kvm.backends.software.system import SoftwareSystem
     except ImportError as error:
         raise BackendUnavailable(
-            f"the software backend can't be loaded: {error}. Reinstall vmdeck's dependencies: pip install unicorn==2.1.4"
+            f"the software backend can't be loaded: {error}. Install what it needs: pip install unicorn==2.1.4"
         ) from error
     return SoftwareSystem()
 

@@ -1,0 +1,153 @@
+"""The command ``vmdeck``. What a command needs is imported when it runs: ``--version`` and errors are quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from app.size import parse_address, parse_count, parse_size, show_size
+from kvm.backends.choice import BACKENDS, open_system
+from kvm.errors import ConfigError, VmdeckError
+
+if TYPE_CHECKING:
+    from kvm.machine import Machine
+
+FAILED = 2
+"""The exit code of everything that vmdeck refuses or that stops the guest for good."""
+
+FORMATS = ("auto", "elf", "multiboot", "bootsector", "firmware", "flat16", "flat32", "flat64")
+DEMO = Path(__file__).parent / "guests" / "demo.elf"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"vmdeck: {message}. See {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
+        from importlib.metadata import version
+
+        parser.exit(0, f"vmdeck {version('vmdeck')}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``vmdeck`` with these arguments (the process's own by default); the exit code."""
+    _open_missing_streams()
+    try:
+        options = _parser().parse_args(arguments)
+        code: int = options.command(options)
+    except VmdeckError as error:
+        print(f"vmdeck: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _open_missing_streams() -> None:
+    """A file opened later must not become fd 0, 1 or 2 by chance because our caller had closed it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="vmdeck", description="A VM workstation for the terminal.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    machine = _Parser(add_help=False)
+    machine.add_argument(
+        "--backend",
+        choices=tuple(BACKENDS),
+        default="auto",
+        help="what runs the guest: kvm (/dev/kvm), software, or auto: kvm where it is usable (default)",
+    )
+    machine.add_argument("--vcpus", metavar="N", default="4", help="number of VCPUs (default: %(default)s)")
+    machine.add_argument("--memory", metavar="SIZE", default="64M", help="guest memory, as 64M or 1G (default: 64M)")
+    machine.add_argument(
+        "--headless",
+        action="store_true",
+        help="no workstation: the guest's consoles on stdin and stdout (ctrl-a h for the keys)",
+    )
+
+    demo = commands.add_parser("demo", parents=[machine], help="open the workstation on the demo guest")
+    demo.set_defaults(command=_demo)
+
+    run = commands.add_parser("run", parents=[machine], help="open the workstation on a guest image")
+    run.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
+    run.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
+    run.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at, as 0x100000")
+    run.set_defaults(command=_run)
+
+    doctor = commands.add_parser("doctor", help="say what works on this machine, what doesn't, and why")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return _start(options, DEMO, "auto", None)
+
+
+def _run(options: argparse.Namespace) -> int:
+    address = None if options.address is None else parse_address(options.address)
+    return _start(options, options.image, options.format, address)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from app.doctor import examine
+
+    return examine()
+
+
+def _start(options: argparse.Namespace, image: Path, format: str, address: int | None) -> int:
+    vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
+    check_memory(memory)
+    if not options.headless:
+        from app.terminal import check_terminal
+
+        check_terminal()
+    with _machine(options.backend, vcpus, memory, image, format, address) as machine:
+        if options.headless:
+            from app import headless
+
+            if options.backend == "auto" and machine.system.name == "software":
+                print(
+                    "vmdeck: KVM isn't usable (vmdeck doctor says why): the software backend runs the guest",
+                    file=sys.stderr,
+                )
+            return headless.run(machine)
+        from app import session
+
+        return session.run(machine)
+
+
+@contextmanager
+def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, address: int | None) -> Iterator[Machine]:
+    """A machine with the image in it, paused; closed in the end, whatever happens."""
+    from kvm.boot import loader
+    from kvm.machine import Machine, MachineConfig
+
+    config = MachineConfig(vcpus=vcpus, memory=memory)
+    with closing(open_system(backend)) as system:
+        config.check(system.caps["KVM_CAP_MAX_VCPUS"])
+        boot_image = loader.load(image, memory=memory, format=format, address=address)
+        with Machine(system, boot_image, config) as machine:
+            yield machine
+
+
+def check_memory(size: int) -> None:
+    """Raise ConfigError unless the host could ever back so much guest memory."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > host:
+        raise ConfigError(
+            f"--memory {show_size(size)} is more than this host has ({host >> 20}M): ask for less, 64M does for most"
+        )

@@ -1,0 +1,168 @@
+"""A machine without the workstation: the guest's consoles on stdin and stdout, as QEMU's ``-nographic`` has them.
+
+One thread does it all: it sleeps in poll on stdin, stdout and a bell that signals, consoles and the machine ring.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+
+from app.bell import Bell
+from app.stopped import explain
+from app.terminal import raw_terminal
+from kvm.machine import Machine, Phase, Status
+
+STDIN, STDOUT = 0, 1
+GUEST_STOPPED = 2
+ESCAPE = 0x01
+"""ctrl-a, as in QEMU and GNU screen."""
+
+PIECE = 4096
+"""Bytes: a pipe that polls as writable takes so many without blocking (PIPE_BUF)."""
+COALESCED = 50
+"""Milliseconds after which output that KVM gathers without an exit is fetched, should the guest not exit by itself."""
+BACKLOG = 256 << 10
+"""Bytes of output not yet taken by stdout's reader at which the guest has to wait, so that nothing is lost."""
+
+
+def run(machine: Machine) -> int:
+    """Run the guest until it exits or stops, or until we're told to quit; the process's exit code.
+
+    ``(value << 1) | 1`` from isa-debug-exit, 2 for a guest that can't go on, 0 for ctrl-a x, 128 + the number of
+    the signal that ended it (SIGPIPE if stdout's reader went away).
+    """
+    with Bell() as bell, bell.ending_signals() as signals, raw_terminal(STDIN):
+        code, stopped = _Headless(machine, bell, signals).run()
+    if stopped is not None:  # after raw mode
+        print(f"vmdeck: {explain(machine, stopped)}", file=sys.stderr)
+    return code
+
+
+class _Headless:
+    def __init__(self, machine: Machine, bell: Bell, signals: list[int]) -> None:
+        self._machine = machine
+        self._bell = bell
+        self._signals = signals
+        board = machine.board
+        self._consoles = [board.serial_console, board.debug_console]
+        self._positions = [0 for _ in self._consoles]
+        self._output = bytearray()
+        self._held = False
+        self._escaped = False
+        self._quit = False
+        self._input_open = True
+        for console in self._consoles:
+            console.listen(bell.ring)
+        machine.subscribe(bell.ring)
+
+    def run(self) -> tuple[int, Status | None]:
+        self._machine.run()
+        while True:
+            self._bell.answer()
+            status = self._machine.status  # before the output: what the guest wrote before it ended is in the consoles
+            self._collect()
+            if self._signals:
+                self._write_what_fits()
+                return 128 + self._signals[0], None
+            ended = self._quit or status.phase in _ENDED
+            if ended and not self._output:
+                return (0, None) if self._quit else _ENDED[status.phase](status)
+            self._throttle(status)
+            if not self._sleep(typing=not ended):
+                return 128 + signal.SIGPIPE, None
+
+    def _collect(self) -> None:
+        for index, console in enumerate(self._consoles):
+            data, self._positions[index] = console.since(self._positions[index])
+            self._output += data
+
+    def _throttle(self, status: Status) -> None:
+        """A guest that writes faster than stdout's reader reads is paused meanwhile."""
+        if len(self._output) > BACKLOG and status.phase is Phase.RUNNING:
+            self._machine.pause()
+            self._held = True
+        elif self._held and not self._output:
+            self._held = False
+            if self._machine.status.phase is Phase.PAUSED:
+                self._machine.run()
+
+    def _sleep(self, typing: bool) -> bool:
+        """Wait for something to do, and move bytes. False once nobody will ever read stdout."""
+        poll = select.poll()
+        poll.register(self._bell, select.POLLIN)
+        poll.register(STDOUT, select.POLLOUT if self._output else 0)
+        if typing and self._input_open:
+            poll.register(STDIN, select.POLLIN)
+        ready = dict(poll.poll(COALESCED if self._machine.status.phase is Phase.RUNNING else None))
+        if not ready:
+            self._machine.request_samples()
+        if STDIN in ready:
+            self._read()
+        if ready.get(STDOUT, 0) & select.POLLOUT:
+            return self._write()
+        return STDOUT not in ready
+
+    def _write(self) -> bool:
+        try:
+            count = os.write(STDOUT, self._output[:PIECE])
+        except OSError:  # EPIPE, or EIO: the terminal is gone
+            return False
+        del self._output[:count]
+        return True
+
+    def _write_what_fits(self) -> None:
+        poll = select.poll()
+        poll.register(STDOUT, select.POLLOUT)
+        while self._output and poll.poll(0) == [(STDOUT, select.POLLOUT)] and self._write():
+            pass
+
+    def _read(self) -> None:
+        try:
+            data = os.read(STDIN, PIECE)
+        except OSError:  # EIO: the terminal is gone
+            data = b""
+        self._input_open = bool(data)
+        typed = bytearray()
+        for byte in data:
+            if self._escaped:
+                self._escaped = False
+                if byte in _COMMANDS:
+                    self._machine.board.serial.feed(bytes(typed))
+                    typed.clear()
+                    _COMMANDS[byte][1](self)
+                elif byte in (ESCAPE, ord("a")):
+                    typed.append(ESCAPE)
+            elif byte == ESCAPE:
+                self._escaped = True
+            else:
+                typed.append(byte)
+        self._machine.board.serial.feed(bytes(typed))
+
+    def _end(self) -> None:
+        self._machine.pause()
+        self._quit = True
+
+    def _reset(self) -> None:
+        self._machine.reset()
+
+    def _help(self) -> None:
+        lines = [f"ctrl-a {chr(key):8}{what}" for key, (what, _) in _COMMANDS.items()]
+        lines.append("ctrl-a ctrl-a  send ctrl-a to the guest (or ctrl-a a)")
+        sys.stderr.write("\n" + "\n".join(lines) + "\n")
+        sys.stderr.flush()
+
+
+_COMMANDS: dict[int, tuple[str, Callable[[_Headless], None]]] = {
+    ord("h"): ("this help", _Headless._help),
+    ord("x"): ("quit", _Headless._end),
+    ord("r"): ("reset the machine", _Headless._reset),
+}
+
+_ENDED: dict[Phase, Callable[[Status], tuple[int, Status | None]]] = {
+    Phase.EXITED: lambda status: ((status.code or 0) << 1 & 0xFF | 1, None),
+    Phase.STOPPED: lambda status: (GUEST_STOPPED, status),
+}

@@ -1,0 +1,25 @@
+"""The workstation on a machine, from its first frame until it's left or the process is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+from app.workstation import Workstation
+from kvm.machine import Machine
+
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def run(machine: Machine) -> int:
+    """The process's exit code: the workstation's own, or 128 + the number of the signal that ended it."""
+    return asyncio.run(_run(machine))
+
+
+async def _run(machine: Machine) -> int:
+    app = Workstation(machine)
+    loop = asyncio.get_running_loop()
+    for number in _ENDING:
+        loop.add_signal_handler(number, lambda number=number: app.exit(return_code=128 + number))
+    await app.run_async()
+    return app.return_code or 0

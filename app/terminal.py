@@ -1,0 +1,78 @@
+"""The terminal that vmdeck was started from: is it good enough, and raw mode that is always given back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from kvm.errors import ConfigError
+
+COLUMNS, LINES = 80, 24
+"""The smallest terminal that the workstation is laid out for."""
+
+_USE_HEADLESS = "or run the guest without the workstation: --headless"
+
+
+def check_terminal() -> None:
+    """Raise ConfigError if the workstation can't be drawn here."""
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if not os.isatty(number):
+            raise ConfigError(f"the workstation needs a terminal and {name} is none: start it in one, {_USE_HEADLESS}")
+    if os.environ.get("TERM", "dumb") == "dumb":
+        raise ConfigError(f"the workstation can't be drawn on TERM=dumb: use a terminal that can, {_USE_HEADLESS}")
+    size = shutil.get_terminal_size((COLUMNS, LINES))
+    if size.columns < COLUMNS or size.lines < LINES:
+        raise ConfigError(
+            f"this terminal has {size.columns}×{size.lines} characters, the workstation needs {COLUMNS}×{LINES}: "
+            f"make it larger, {_USE_HEADLESS}"
+        )
+
+
+@contextmanager
+def raw_terminal(number: int) -> Iterator[None]:
+    """Hand every key to us as it is typed, ctrl-c and ctrl-z too, if this fd is a terminal. What is written keeps
+    its newline translation, as under QEMU, so that a guest's bare line feed starts a line.
+    """
+    if not os.isatty(number):
+        yield
+        return
+    before = termios.tcgetattr(number)
+    raw = termios.tcgetattr(number)
+    raw[0] &= ~(
+        termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR
+        | termios.ICRNL | termios.IXON
+    )  # fmt: skip
+    raw[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN | termios.ISIG)
+    raw[6][termios.VMIN], raw[6][termios.VTIME] = 1, 0
+    try:
+        termios.tcsetattr(number, termios.TCSANOW, raw)
+        yield
+    finally:
+        with suppress(termios.error):  # EIO: the terminal is gone
+            termios.tcsetattr(number, termios.TCSANOW, before)
+
+
+def describe_terminal() -> list[tuple[str, str]]:
+    """What doctor says of the terminal: names and values."""
+    size = shutil.get_terminal_size((0, 0))
+    fits = size.columns >= COLUMNS and size.lines >= LINES
+    return [
+        ("stdin", "a terminal" if os.isatty(0) else "not a terminal"),
+        ("stdout", "a terminal" if os.isatty(1) else "not a terminal"),
+        ("size", f"{size.columns}×{size.lines}" + ("" if fits else f": the workstation needs {COLUMNS}×{LINES}")),
+        ("TERM", os.environ.get("TERM", "not set")),
+        ("colours", _colours()),
+        ("encoding", sys.stdout.encoding if sys.stdout else "unknown"),
+    ]
+
+
+def _colours() -> str:
+    if "NO_COLOR" in os.environ:
+        return "none, NO_COLOR is set: what changed is still marked by a glyph"
+    if os.environ.get("COLORTERM", "") in ("truecolor", "24bit"):
+        return "16 million"
+    return "256" if "256" in os.environ.get("TERM", "") else "16"
