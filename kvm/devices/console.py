@@ -14,40 +14,51 @@ class Console:
         self._log = bytearray()
         self._start = 0
         """The position of the first byte kept."""
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0
         self._listeners: list[Callable[[], None]] = []
 
     @property
     def total(self) -> int:
         """Bytes ever written."""
-        with self._changed:
+        with self._lock:
             return self._start + len(self._log)
+
+    def put(self, byte: int) -> None:
+        """Append one byte: what devices do once an access, so it's kept short."""
+        with self._lock:
+            self._log.append(byte)
+            if self._waiting or len(self._log) > self._limit:
+                self._grown()
 
     def write(self, data: bytes) -> None:
         """Append; never blocks for longer than a reader copies."""
-        with self._changed:
+        with self._lock:
             self._log += data
-            # Trimmed seldom, a quarter too late, since each time moves the whole log.
-            if len(self._log) > self._limit + self._limit // 4:
-                self._trim()
-            self._changed.notify_all()
-        for listener in tuple(self._listeners):
-            listener()
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call this after every write, on the writer's thread; it must not block."""
-        self._listeners.append(listener)
+            self._grown()
 
     def since(self, position: int) -> tuple[bytes, int]:
         """What was written after ``position`` (as far as it's kept), and the position to ask from next."""
-        with self._changed:
+        with self._lock:
             self._trim()
             return bytes(self._log[max(0, position - self._start) :]), self._start + len(self._log)
 
     def wait(self, position: int, timeout: float | None) -> bool:
         """Wait, at most ``timeout`` seconds, for output after ``position``; is there any?"""
-        with self._changed:
-            return self._changed.wait_for(lambda: self._start + len(self._log) > position, timeout)
+        with self._lock:
+            self._waiting += 1
+            try:
+                return self._changed.wait_for(lambda: self._start + len(self._log) > position, timeout)
+            finally:
+                self._waiting -= 1
+
+    def _grown(self) -> None:
+        # Trimmed seldom, a quarter too late, since each time moves the whole log.
+        if len(self._log) > self._limit + self._limit // 4:
+            self._trim()
+        if self._waiting:
+            self._changed.notify_all()
 
     def _trim(self) -> None:
         excess = len(self._log) - self._limit

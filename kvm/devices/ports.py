@@ -25,7 +25,7 @@ class DebugConsole:
         return _DEBUGCON_READBACK
 
     def port_out(self, offset: int, size: int, value: int) -> None:
-        self._console.write((value & 0xFF).to_bytes(1, "little"))
+        self._console.put(value & 0xFF)
 
     def reset(self) -> None:
         """It has no state."""

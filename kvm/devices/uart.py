@@ -141,7 +141,7 @@ class Uart:
         if self._mcr & MCR_LOOP:
             self._receive(value)
         else:
-            self._console.write(value.to_bytes(1, "little"))
+            self._console.put(value)
         self._thre_pending = True
         if self._ier:
             self._update()
