@@ -72,7 +72,7 @@ class MachineConfig:
             raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
         if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
             raise ConfigError(
-                f"{self.memory} bytes of memory: at least {layout.MIN_MEMORY >> 20} MiB and a multiple of 4 KiB are needed."
+                f"{self.memory} bytes of memory: it takes {layout.MIN_MEMORY >> 20} MiB or more, in steps of 4 KiB."
             )
         if self.memory > layout.MAX_MEMORY:
             raise ConfigError(

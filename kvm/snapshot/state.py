@@ -19,7 +19,7 @@ class MachineState:
     devices: Mapping[str, bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """A machine at one moment, kept in memory.
 

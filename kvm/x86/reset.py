@@ -6,7 +6,7 @@ frequency) keeps the value that the kernel gave a fresh VCPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from kvm.x86 import cpuid, msrs
 from kvm.x86.structs import (
@@ -46,7 +46,7 @@ def reset_state(power_on: Mapping[str, bytes], index: int) -> dict[str, bytes]:
     ``power_on`` holds a fresh VCPU's substates as its kernel reported them, and its CPUID.
     """
     state = dict(power_on)
-    makers = {
+    makers: dict[str, Callable[[bytes], bytes]] = {
         "regs": lambda raw: bytes(Regs(rip=0xFFF0, rflags=0x2, rdx=cpuid.version(power_on["cpuid"]))),
         "sregs": lambda raw: _sregs(raw, index),
         "fpu": lambda raw: bytes(Fpu(fcw=0x37F, mxcsr=0x1F80)),

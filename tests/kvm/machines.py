@@ -1,0 +1,42 @@
+"""Machines for tests: a few bytes of real-mode code, on either backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvm.backends.interface import System
+from kvm.boot import loader
+from kvm.machine import Machine, MachineConfig
+
+ORIGIN = 0x1000
+
+COUNT = bytes.fromhex("66 40 eb fc")
+"""inc eax; jmp back: runs for ever, no exits."""
+HLT = bytes.fromhex("fa f4 eb fd")
+"""cli; hlt; jmp back."""
+OUT_80 = bytes.fromhex("fe c0 e6 80 eb fa")
+"""inc al; out 0x80, al; jmp back."""
+EXIT_7 = bytes.fromhex("b0 07 e6 f4 40 eb fd")
+"""mov al, 7; out 0xf4, al (isa-debug-exit); inc ax; jmp back."""
+TRIPLE_FAULT = bytes.fromhex("0f 01 1e 00 20 0f 0b")
+"""lidt [0x2000], zeros there: a limit of 0; ud2."""
+RESET_8042 = bytes.fromhex("43 b0 fe e6 64 f4")
+"""inc bx; mov al, 0xfe; out 0x64, al; hlt."""
+
+
+def build(system: System, folder: Path, code: bytes, *, vcpus: int = 1, memory: int = 4 << 20) -> Machine:
+    """A machine that enters ``code`` in real mode at ORIGIN."""
+    image = folder / "guest.bin"
+    image.write_bytes(code)
+    loaded = loader.load(image, memory=memory, format="flat16", address=ORIGIN)
+    return Machine(system, loaded, MachineConfig(vcpus=vcpus, memory=memory))
+
+
+def until(condition: Callable[[], bool], limit: float = 20.0) -> None:
+    """Poll until the condition holds; fail after ``limit`` seconds, which only a hang takes."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, "what the test waits for doesn't come"
+        time.sleep(0.0005)

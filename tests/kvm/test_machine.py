@@ -1,0 +1,311 @@
+"""The machine as a whole: run, pause, step, reset, checkpoints, and what guests do to it."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvm.backends.interface import ExitKind, System
+from kvm.errors import ConfigError, MachineError, MemoryAccessError
+from kvm.machine import Activity, Machine, MachineConfig, Phase
+from kvm.x86.structs import Regs, Sregs
+from tests.kvm.machines import COUNT, EXIT_7, HLT, ORIGIN, OUT_80, RESET_8042, TRIPLE_FAULT, build, until
+
+
+def regs(machine: Machine, vcpu: int = 0) -> Regs:
+    return Regs.from_buffer_copy(machine.view(vcpu).regs)
+
+
+def sampled(machine: Machine, vcpu: int = 0) -> Regs:
+    """Registers of a running VCPU, from a sample newer than the call."""
+    before = machine.view(vcpu).time_ns
+    machine.request_samples()
+    until(lambda: machine.view(vcpu).time_ns > before)
+    return regs(machine, vcpu)
+
+
+def test_a_new_machine_is_paused_at_its_entry(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        assert machine.status.phase is Phase.PAUSED
+        assert regs(machine).rip == ORIGIN
+        assert regs(machine, 1).rip == 0xFFF0
+        assert machine.view(0).dirty is False
+        assert [record.hook for record in machine.ledger.records] == [
+            "cpu_synchronize_all_states",
+            "cpu_synchronize_all_post_init",
+        ]
+
+
+def test_runs_samples_and_pauses(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        machine.run()
+        first = sampled(machine).rax
+        until(lambda: sampled(machine).rax != first)
+        until(lambda: machine.view(1).activity is Activity.WAIT_SIPI)
+        assert machine.view(0).activity is Activity.RUNNING
+        machine.pause()
+        assert {machine.view(i).activity for i in (0, 1)} == {Activity.STOPPED}
+        stood = regs(machine).rax
+        machine.request_samples()
+        assert regs(machine).rax == stood
+
+
+def test_sampling_never_synchronises(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        machine.run()
+        total = machine.ledger.total
+        for _ in range(50):
+            sampled(machine)
+        assert machine.ledger.total == total
+        assert machine.view(0).dirty is False
+
+
+def test_halted_is_seen(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, HLT) as machine:
+        machine.run()
+        until(lambda: machine.view(0).activity is Activity.HALTED)
+
+
+def test_step_executes_one_instruction(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        rips = []
+        for _ in range(6):
+            (ended,) = machine.step(0)
+            assert ended.kind is ExitKind.DEBUG
+            rips.append(regs(machine).rip)
+        assert rips == [ORIGIN + 2, ORIGIN] * 3
+        assert regs(machine).rax & 0xFFFFFFFF == 3
+
+
+def test_step_all_leaves_waiting_vcpus_where_they_are(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=3) as machine:
+        kinds = [ended.kind for ended in machine.step()]
+        assert kinds == [ExitKind.DEBUG, ExitKind.KICKED, ExitKind.KICKED]
+        assert regs(machine).rip == ORIGIN + 2
+        machine.run()
+        until(lambda: sampled(machine).rax > 3)
+
+
+def test_step_then_run_no_longer_steps(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        machine.step(0)
+        machine.run()
+        until(lambda: sampled(machine).rax > 100)
+        assert machine.status.phase is Phase.RUNNING
+
+
+def test_edit_reaches_the_guest(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        machine.edit(0, "rax", 0x7000_0000)
+        machine.edit(0, "cs.limit", 0xFFFF)
+        view = machine.view(0)
+        assert view.dirty
+        assert view.from_copy
+        assert regs(machine).rax == 0x7000_0000
+        machine.step(0)
+        assert regs(machine).rax == 0x7000_0001
+        with pytest.raises(ConfigError, match="no register"):
+            machine.edit(0, "rxx", 0)
+        with pytest.raises(ConfigError, match="16 bits"):
+            machine.edit(0, "gdt.limit", 0x10000)
+
+
+def test_reset_starts_over(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        machine.memory.write(ORIGIN + 0x10, b"left behind")
+        machine.memory.write(ORIGIN, b"\xf4")  # the image is loaded anew
+        machine.edit(0, "rsi", 77)
+        machine.reset()
+        assert machine.status.phase is Phase.PAUSED
+        assert regs(machine).rip == ORIGIN
+        assert regs(machine).rsi == 0
+        assert machine.memory.read(ORIGIN, len(COUNT)) == COUNT
+        assert machine.memory.read(ORIGIN + 0x10, 11) == b"left behind"
+        machine.run()
+        until(lambda: sampled(machine).rax > 0)
+        machine.reset()
+        assert machine.status.phase is Phase.RUNNING
+        until(lambda: sampled(machine).rax > 0)
+
+
+def test_the_guest_resets_the_machine(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, RESET_8042) as machine:
+        resets = threading.Semaphore(0)
+        machine.subscribe(lambda status: resets.release() if status.reason == "reset" else None)
+        machine.run()
+        for _ in range(3):
+            assert resets.acquire(timeout=20)
+        machine.pause()
+        assert regs(machine).rbx <= 1
+
+
+def test_the_guest_exits_and_stands_where_it_wrote(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, EXIT_7) as machine:
+        machine.run()
+        status = machine.wait(Phase.EXITED, timeout=20)
+        assert (status.phase, status.code) == (Phase.EXITED, 7)
+        assert regs(machine).rip == ORIGIN + 4
+
+
+def test_a_triple_fault_stops_with_a_reason_and_only_reset_helps(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, TRIPLE_FAULT, vcpus=2) as machine:
+        machine.run()
+        status = machine.wait(Phase.STOPPED, timeout=20)
+        assert status.phase is Phase.STOPPED
+        assert status.vcpu == 0
+        assert status.exit is not None
+        assert status.exit.kind is ExitKind.SHUTDOWN
+        with pytest.raises(MachineError, match="Reset"):
+            machine.run()
+        machine.reset()
+        assert regs(machine).rip == ORIGIN
+
+
+def test_restore_brings_back_registers_and_memory(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, OUT_80, vcpus=2) as machine:
+        machine.run()
+        until(lambda: sampled(machine).rax & 0xFF > 3)
+        machine.pause()
+        before = bytes(regs(machine))
+        memory = machine.memory.read(0, machine.memory.size)
+        checkpoint = machine.checkpoint("here")
+        assert machine.status.phase is Phase.PAUSED
+        assert checkpoint.position == (regs(machine).rip, 0xFFF0)
+        machine.write_memory(0x8000, b"changed")
+        machine.run()
+        until(lambda: sampled(machine).rax != Regs.from_buffer_copy(before).rax)
+        machine.restore(checkpoint)
+        assert machine.status.phase is Phase.RUNNING
+        machine.pause()
+        machine.restore(checkpoint)
+        assert bytes(regs(machine)) == before
+        assert machine.memory.read(0, machine.memory.size) == memory
+
+
+def test_many_checkpoints_in_any_order(system: System, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    with build(system, tmp_path, HLT, memory=2 << 20) as machine:
+        kept = []
+        for number in range(12):
+            machine.write_memory(rng.randrange(1 << 20, 2 << 20 - 1) & ~0xFFF, rng.randbytes(100))
+            machine.edit(0, "rdi", number)
+            kept.append((machine.checkpoint(f"n{number}"), machine.memory.read(0, 2 << 20)))
+        for checkpoint, memory in rng.sample(kept, 12) + rng.sample(kept, 12):
+            machine.restore(checkpoint)
+            assert machine.memory.read(0, 2 << 20) == memory
+            assert regs(machine).rdi == checkpoint.number - 1
+        first = kept[0][0]
+        for checkpoint, _ in kept[::2]:
+            machine.forget(checkpoint)
+        machine.write_memory(0x100000, os.urandom(50 * 4096))
+        kept = [*kept[1::2], (machine.checkpoint("new"), machine.memory.read(0, 2 << 20))]
+        for checkpoint, memory in kept:
+            machine.restore(checkpoint)
+            assert machine.memory.read(0, 2 << 20) == memory
+        with pytest.raises(MachineError, match="no checkpoint 1 "):
+            machine.restore(first)
+
+
+def test_load_refuses_what_does_not_fit_and_changes_nothing(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        state = machine.save()
+        before = machine.ledger.total
+        broken = type(state)(state.vcpus[:1], state.machine, state.devices)
+        with pytest.raises(MachineError, match="1 VCPUs"):
+            machine.load(broken)
+        broken = type(state)(({**state.vcpus[0], "regs": b"short"}, state.vcpus[1]), state.machine, state.devices)
+        with pytest.raises(MachineError, match="regs has 5 bytes"):
+            machine.load(broken)
+        assert machine.ledger.total == before
+        machine.load(state)
+        assert machine.save() == state
+
+
+def test_bug_13_pause_and_resume_a_thousand_times(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        for _ in range(1000):
+            machine.run()
+            machine.pause()
+        machine.run()
+        until(lambda: sampled(machine).rax > 10)
+
+
+def test_bug_14_pause_while_the_guest_hammers_a_device(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, OUT_80) as machine:
+        for _ in range(200):
+            machine.run()
+            machine.pause()
+            assert regs(machine).rip in (ORIGIN, ORIGIN + 2, ORIGIN + 4)
+
+
+def test_operations_from_many_threads_are_serialised(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        checkpoint = machine.checkpoint()
+        errors: list[BaseException] = []
+
+        def work(seed: int) -> None:
+            rng = random.Random(seed)
+            try:
+                for _ in range(25):
+                    rng.choice(
+                        [machine.run, machine.pause, machine.reset, machine.checkpoint, lambda: machine.step(0),
+                         lambda: machine.restore(checkpoint), machine.request_samples]
+                    )()  # fmt: skip
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not errors
+        assert not any(thread.is_alive() for thread in threads)
+        machine.restore(checkpoint)
+        machine.run()
+        until(lambda: sampled(machine).rax > 0)
+
+
+def test_close_leaves_no_thread(system: System, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    machine = build(system, tmp_path, COUNT, vcpus=4)
+    machine.run()
+    machine.close()
+    machine.close()
+    assert set(threading.enumerate()) == before
+    with pytest.raises(MachineError, match="closed"):
+        machine.run()
+
+
+@pytest.mark.parametrize("vcpus", [0, 10_000, -1])
+def test_impossible_vcpu_counts(system: System, tmp_path: Path, vcpus: int) -> None:
+    with pytest.raises(ConfigError, match="VCPUs"):
+        build(system, tmp_path, COUNT, vcpus=vcpus)
+
+
+@pytest.mark.parametrize("memory", [0, 4096, (1 << 20) + 1, 1 << 60])
+def test_impossible_memory(memory: int) -> None:
+    with pytest.raises(ConfigError, match="memory"):
+        MachineConfig(1, memory).check(8)
+
+
+def test_memory_outside_of_ram_is_an_error(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        with pytest.raises(MemoryAccessError, match="0x400000"):
+            machine.read_memory((4 << 20) - 4, 8)
+        machine.memory.write(0x2000, b"before")
+        with pytest.raises(MemoryAccessError):
+            machine.write_memory((4 << 20) - 4, bytes(8))
+        assert machine.read_memory((4 << 20) - 4, 4) == bytes(4)
+
+
+def test_sregs_of_the_view_are_plain_sregs(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT) as machine:
+        assert Sregs.from_buffer_copy(machine.view(0).sregs).cr0 == 0x60000010
+        machine.run()
+        sampled(machine)
+        assert Sregs.from_buffer_copy(machine.view(0).sregs).cr0 & 1 == 0

@@ -1,0 +1,202 @@
+"""The contract: which hook moves which substates, at which level, in which order, on which thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvm import sync
+from kvm.backends.interface import IoctlTrace, System
+from kvm.levels import WritebackLevel
+from kvm.machine import Machine
+from kvm.x86.structs import EVENT_VALID_NMI_PENDING, EVENT_VALID_SIPI_VECTOR, EVENT_VALID_SMM, Regs, VcpuEvents
+from tests.kvm.machines import COUNT, build
+
+VCPUS = 3
+
+
+@pytest.fixture
+def machine(system: System, tmp_path: Path) -> Iterator[Machine]:
+    with build(system, tmp_path, COUNT, vcpus=VCPUS) as built:
+        yield built
+
+
+class Tracing:
+    """What ioctls a piece of work makes on each VCPU."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def __enter__(self) -> Tracing:
+        self.calls: list[IoctlTrace] = []
+        self.machine.system.trace = self.calls
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.machine.system.trace = None
+
+    def moved(self, vcpu: int) -> list[tuple[str, str]]:
+        """(ioctl, substate) in order."""
+        return [(call.ioctl, call.substate) for call in self.calls if call.vcpu == vcpu and call.substate]
+
+    def threads(self, vcpu: int) -> set[int]:
+        return {call.thread for call in self.calls if call.vcpu == vcpu}
+
+
+def gets(machine: Machine) -> list[tuple[str | None, str]]:
+    return [(row.get, row.name) for row in machine.table.get_order]
+
+
+def puts(machine: Machine, level: WritebackLevel) -> list[tuple[str | None, str]]:
+    """All that the level writes; rows of ours only when they changed, which here they did not."""
+    return [(row.put, row.name) for row in machine.table.put_order if row.level <= level and row.get]
+
+
+def test_synchronize_all_states_reads_every_row_in_get_order_on_its_own_thread(machine: Machine) -> None:
+    with Tracing(machine) as trace:
+        sync.cpu_synchronize_all_states(machine.vcpus, ledger=machine.ledger, caller="test")
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for vcpu in machine.vcpus:
+        assert trace.moved(vcpu.index) == gets(machine)
+        assert [names[ident] for ident in trace.threads(vcpu.index)] == [f"vcpu{vcpu.index}"]
+        assert vcpu.dirty
+
+
+def test_get_order_reads_events_and_mp_state_before_what_accepting_a_sipi_changes(machine: Machine) -> None:
+    names = [row.name for row in machine.table.get_order]
+    assert names[:2] == ["events", "mp_state"]
+    assert names.index("mp_state") < min(names.index("regs"), names.index("sregs"))
+
+
+def test_put_order_keeps_the_rules_that_kvm_has(machine: Machine) -> None:
+    names = [row.name for row in machine.table.put_order]
+
+    def before(*order: str) -> bool:
+        places = [names.index(name) for name in order]
+        return places == sorted(places)
+
+    assert names[0] == "cpuid"
+    assert names[-1] == "guest_debug"
+    assert before("sregs", "lapic", "msrs", "tsc_deadline")
+    assert before("regs", "events")
+    assert before("lapic", "msrs_reset", "tsc_deadline")
+
+
+@pytest.mark.parametrize(
+    ("hook", "level"),
+    [
+        (sync.cpu_synchronize_all_post_reset, WritebackLevel.RESET),
+        (sync.cpu_synchronize_all_post_init, WritebackLevel.FULL),
+    ],
+)
+def test_reset_and_full_write_every_row_of_their_level(machine: Machine, hook, level: WritebackLevel) -> None:  # type: ignore[no-untyped-def]
+    sync.cpu_synchronize_all_states(machine.vcpus, ledger=machine.ledger, caller="test")
+    with Tracing(machine) as trace:
+        hook(machine.vcpus, ledger=machine.ledger, caller="test")
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for vcpu in machine.vcpus:
+        assert trace.moved(vcpu.index) == puts(machine, level)
+        assert [names[ident] for ident in trace.threads(vcpu.index)] == [f"vcpu{vcpu.index}"]
+        assert not vcpu.dirty
+        assert vcpu.last_put is level
+
+
+def test_a_look_at_the_registers_costs_no_write(machine: Machine) -> None:
+    sync.cpu_synchronize_state(machine.vcpus[1], ledger=machine.ledger, caller="test")
+    with Tracing(machine) as trace:
+        machine.run()
+        machine.pause()
+    assert trace.moved(1) == []
+    assert not machine.vcpus[1].dirty
+    record = next(record for record in machine.ledger.records if record.hook == "before_run")
+    assert record.parts[0].written == ()
+    runtime = [row.name for row in machine.table.put_order if row.level is WritebackLevel.RUNTIME]
+    assert list(record.parts[0].skipped) == runtime
+
+
+def test_runtime_writes_a_changed_row_and_what_must_follow_it(machine: Machine) -> None:
+    vcpu = machine.vcpus[1]
+    machine.edit(1, "rbx", 0x1234)
+    with Tracing(machine) as trace:
+        machine.run()
+        machine.pause()
+    assert trace.moved(1) == [("KVM_SET_REGS", "regs"), ("KVM_SET_VCPU_EVENTS", "events")]
+    sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
+    assert Regs.from_buffer_copy(vcpu.copy["regs"]).rbx == 0x1234
+
+
+def test_synchronize_state_reads_once(machine: Machine) -> None:
+    vcpu = machine.vcpus[0]
+    sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
+    vcpu.copy["regs"] = bytes(Regs(rax=99))
+    with Tracing(machine) as trace:
+        sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
+        sync.cpu_synchronize_all_states(machine.vcpus, ledger=machine.ledger, caller="test")
+    assert trace.moved(0) == []
+    assert trace.moved(1) == gets(machine)
+    assert Regs.from_buffer_copy(vcpu.copy["regs"]).rax == 99
+
+
+def test_bug_05_pre_loadvm_takes_ownership_without_reading(machine: Machine) -> None:
+    with Tracing(machine) as trace:
+        sync.cpu_synchronize_all_pre_loadvm(machine.vcpus, ledger=machine.ledger, caller="test")
+        for vcpu in machine.vcpus:  # what a device's load might do
+            sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
+    assert trace.calls == []
+    assert all(vcpu.dirty for vcpu in machine.vcpus)
+
+
+def test_reset_and_full_refuse_while_a_vcpu_runs(machine: Machine) -> None:
+    machine.run()
+    with pytest.raises(AssertionError, match="all must be stopped"):
+        sync.cpu_synchronize_all_post_reset(machine.vcpus, ledger=machine.ledger, caller="test")
+    machine.pause()
+
+
+def test_bug_02_runtime_leaves_nmi_and_sipi_to_the_kernel(machine: Machine) -> None:
+    events = machine.table.by_name["events"]
+    flags = EVENT_VALID_NMI_PENDING | EVENT_VALID_SIPI_VECTOR | EVENT_VALID_SMM
+    raw = bytes(VcpuEvents(flags=flags, nmi_pending=1, sipi_vector=8))
+    assert VcpuEvents.from_buffer_copy(events.at(raw, WritebackLevel.RUNTIME)).flags == 0
+    assert events.at(raw, WritebackLevel.RESET) == raw
+    assert events.at(raw, WritebackLevel.FULL) == raw
+
+
+def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(machine: Machine) -> None:
+    with Tracing(machine) as trace:
+        machine.run()
+        machine.pause()
+        machine.step()
+        machine.reset()
+        machine.restore(machine.checkpoint())
+        machine.edit(2, "rip", 0x1000)
+        machine.run()
+        machine.pause()
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for vcpu in machine.vcpus:
+        assert {names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"}
+    assert {"KVM_RUN"} <= {call.ioctl for call in trace.calls}
+
+
+def test_only_the_hooks_move_state(machine: Machine) -> None:
+    """Every get or put in a busy minute of a machine's life stands in the ledger, VCPU by VCPU, in order."""
+    before = machine.ledger.total
+    with Tracing(machine) as trace:
+        machine.run()
+        machine.pause()
+        machine.step()
+        machine.step(0)
+        checkpoint = machine.checkpoint()
+        machine.run()
+        machine.reset()
+        machine.edit(0, "rax", 5)
+        machine.restore(checkpoint)
+        machine.pause()
+    records = [record for record in machine.ledger.records if record.number > before]
+    for vcpu in machine.vcpus:
+        parts = [part for record in records for part in record.parts if part.vcpu == vcpu.index]
+        told = [name for part in parts for name in (*part.read, *part.written)]
+        assert [name for _, name in trace.moved(vcpu.index)] == told
