@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 
 class Console:
@@ -17,7 +16,6 @@ class Console:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
-        self._listeners: list[Callable[[], None]] = []
 
     @property
     def total(self) -> int:
@@ -25,18 +23,27 @@ class Console:
         with self._lock:
             return self._start + len(self._log)
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call this after every write, on the writing thread; it must not block."""
+        with self._lock:
+            self._listeners += (listener,)
+
     def put(self, byte: int) -> None:
         """Append one byte: what devices do once an access, so it's kept short."""
         with self._lock:
             self._log.append(byte)
             if self._waiting or len(self._log) > self._limit:
                 self._grown()
+        for listener in self._listeners:
+            listener()
 
     def write(self, data: bytes) -> None:
         """Append; never blocks for longer than a reader copies."""
         with self._lock:
             self._log += data
             self._grown()
+        for listener in self._listeners:
+            listener()
 
     def since(self, position: int) -> tuple[bytes, int]:
         """What was written after ``position`` (as far as it's kept), and the position to ask from next."""
