@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 
 class Console:
@@ -16,6 +17,7 @@ class Console:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
+        self._listeners: tuple[Callable[[], None], ...] = ()
 
     @property
     def total(self) -> int:
