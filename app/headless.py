@@ -1,19 +1,22 @@
 """A machine without the workstation: the guest's consoles on stdin and stdout, as QEMU's ``-nographic`` has them.
 
-One thread does it all: it sleeps in poll on stdin, stdout and a bell that signals, consoles and the machine ring.
+One thread does it all: it sleeps in poll on stdin, stdout and a bell that signals and the machine ring.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from app.bell import Bell
 from app.stopped import explain
 from app.terminal import raw_terminal
+from kvm.errors import VmdeckError
 from kvm.machine import Machine, Phase, Status
 
 STDIN, STDOUT = 0, 1
@@ -23,8 +26,10 @@ ESCAPE = 0x01
 
 PIECE = 4096
 """Bytes: a pipe that polls as writable takes so many without blocking (PIPE_BUF)."""
-COALESCED = 50
-"""Milliseconds after which output that KVM gathers without an exit is fetched, should the guest not exit by itself."""
+TICK = 20
+"""Milliseconds between looks at what a running guest has printed: a console wakes nobody, for the VCPUs' sake."""
+UNREAD = 4096
+"""Bytes from stdin that the guest hasn't read yet, at which the rest has to wait; not for a person's ctrl-a x."""
 BACKLOG = 256 << 10
 """Bytes of output not yet taken by stdout's reader at which the guest has to wait, so that nothing is lost."""
 
@@ -55,8 +60,8 @@ class _Headless:
         self._escaped = False
         self._quit = False
         self._input_open = True
-        for console in self._consoles:
-            console.listen(bell.ring)
+        self._person = os.isatty(STDIN)
+        self._looked = 0.0
         machine.subscribe(bell.ring)
 
     def run(self) -> tuple[int, Status | None]:
@@ -73,7 +78,7 @@ class _Headless:
                 return (0, None) if self._quit else _ENDED[status.phase](status)
             self._throttle(status)
             if not self._sleep(typing=not ended):
-                return 128 + signal.SIGPIPE, None
+                return 128 + (signal.SIGHUP if os.isatty(STDOUT) else signal.SIGPIPE), None
 
     def _collect(self) -> None:
         for index, console in enumerate(self._consoles):
@@ -95,11 +100,13 @@ class _Headless:
         poll = select.poll()
         poll.register(self._bell, select.POLLIN)
         poll.register(STDOUT, select.POLLOUT if self._output else 0)
-        if typing and self._input_open:
+        if typing and self._input_open and (self._person or self._machine.board.serial.unread < UNREAD):
             poll.register(STDIN, select.POLLIN)
-        ready = dict(poll.poll(COALESCED if self._machine.status.phase is Phase.RUNNING else None))
-        if not ready:
-            self._machine.request_samples()
+        running = self._machine.status.phase is Phase.RUNNING
+        ready = dict(poll.poll(TICK if running else None))
+        if running and time.monotonic() - self._looked > TICK / 1000:
+            self._looked = time.monotonic()
+            self._machine.request_samples()  # hands on what KVM has gathered without an exit
         if STDIN in ready:
             self._read()
         if ready.get(STDOUT, 0) & select.POLLOUT:
@@ -109,8 +116,12 @@ class _Headless:
     def _write(self) -> bool:
         try:
             count = os.write(STDOUT, self._output[:PIECE])
-        except OSError:  # EPIPE, or EIO: the terminal is gone
-            return False
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
+                return False
+            raise VmdeckError(
+                f"the guest's output can't be written to stdout: {error.strerror}. The guest was ended"
+            ) from error
         del self._output[:count]
         return True
 
