@@ -26,11 +26,14 @@ RESET_8042 = bytes.fromhex("43 b0 fe e6 64 f4")
 """inc bx; mov al, 0xfe; out 0x64, al; hlt."""
 
 
-def build(system: System, folder: Path, code: bytes, *, vcpus: int = 1, memory: int = 4 << 20) -> Machine:
-    """A machine that enters ``code`` in real mode at ORIGIN."""
+def build(
+    system: System, folder: Path, code: bytes, *, vcpus: int = 1, memory: int = 4 << 20, format: str = "flat16"
+) -> Machine:
+    """A machine that enters ``code`` at ORIGIN, in real mode unless ``format`` says other."""
     image = folder / "guest.bin"
     image.write_bytes(code)
-    loaded = loader.load(image, memory=memory, format="flat16", address=ORIGIN)
+    address = ORIGIN if format == "flat16" else 0x100000
+    loaded = loader.load(image, memory=memory, format=format, address=address)
     return Machine(system, loaded, MachineConfig(vcpus=vcpus, memory=memory))
 
 
