@@ -1,6 +1,6 @@
 """A machine without the workstation: the guest's consoles on stdin and stdout, as QEMU's ``-nographic`` has them.
 
-One thread does it all: it sleeps in poll on stdin, stdout and a bell that signals and the machine ring.
+One thread does it all: it sleeps in poll on stdin, stdout and a bell that signals, consoles and the machine ring.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ESCAPE = 0x01
 
 PIECE = 4096
 """Bytes: a pipe that polls as writable takes so many without blocking (PIPE_BUF)."""
-TICK = 20
-"""Milliseconds between looks at what a running guest has printed: a console wakes nobody, for the VCPUs' sake."""
+TICK = 50
+"""Milliseconds between looks at what KVM has gathered without an exit: a console hears of it only then."""
 UNREAD = 4096
 """Bytes from stdin that the guest hasn't read yet, at which the rest has to wait; not for a person's ctrl-a x."""
 BACKLOG = 256 << 10
@@ -62,6 +62,8 @@ class _Headless:
         self._input_open = True
         self._person = os.isatty(STDIN)
         self._looked = 0.0
+        for console in self._consoles:
+            console.listen(bell.ring)
         machine.subscribe(bell.ring)
 
     def run(self) -> tuple[int, Status | None]:
@@ -106,7 +108,7 @@ class _Headless:
         ready = dict(poll.poll(TICK if running else None))
         if running and time.monotonic() - self._looked > TICK / 1000:
             self._looked = time.monotonic()
-            self._machine.request_samples()  # hands on what KVM has gathered without an exit
+            self._machine.request_samples()
         if STDIN in ready:
             self._read()
         if ready.get(STDOUT, 0) & select.POLLOUT:
