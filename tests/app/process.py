@@ -1,0 +1,107 @@
+"""The command as a person runs it: a process of its own, with pipes or on a terminal of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+COMMAND = (sys.executable, "-m", "app")
+LIMIT = 60.0
+"""Seconds; reached only where something hangs."""
+
+
+def vmdeck(
+    *arguments: str, given: bytes = b"", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run it to its end with pipes."""
+    return subprocess.run([*COMMAND, *arguments], input=given, capture_output=True, timeout=LIMIT, env=env)
+
+
+def refused(*arguments: str, given: bytes = b"") -> str:
+    """Run what must be refused: exit code 2, nothing on stdout, no traceback; what stderr says."""
+    done = vmdeck(*arguments, given=given)
+    message = done.stderr.decode()
+    assert (done.returncode, done.stdout) == (2, b""), message
+    assert message.startswith("vmdeck: ")
+    assert "Traceback" not in message
+    return message
+
+
+class Terminal:
+    """The command on a pseudo-terminal that is its controlling one. Leaving the context hangs up and ends it."""
+
+    def __init__(
+        self, *arguments: str, columns: int = 80, lines: int = 24, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.before = termios.tcgetattr(self.slave)
+        self.seen = b""
+        self._open = True
+        environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=self.slave, stdout=self.slave, stderr=self.slave, env=environment, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hang_up()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(LIMIT)
+        os.close(self.slave)
+
+    def hang_up(self) -> None:
+        """Close the terminal's window."""
+        if self._open:
+            os.close(self.master)
+            self._open = False
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def expect(self, wanted: bytes) -> bytes:
+        """Wait for these bytes; everything that came since the last ``expect``, up to and with them."""
+        deadline = time.monotonic() + LIMIT
+        while wanted not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            data = os.read(self.master, 65536) if ready else b""
+            assert data, f"{wanted!r} did not come, only {self.seen!r}"
+            self.seen += data
+        end = self.seen.index(wanted) + len(wanted)
+        found, self.seen = self.seen[:end], self.seen[end:]
+        return found
+
+    def wait(self) -> int:
+        """Read on until it ends; its exit code (negative: it died of that signal)."""
+        deadline = time.monotonic() + LIMIT
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self.master], [], [], 0.05)[0]:
+                self.seen += os.read(self.master, 65536)
+        while select.select([self.master], [], [], 0)[0]:
+            self.seen += os.read(self.master, 65536)
+        return self.process.wait(0)
+
+    def is_sane(self) -> bool:
+        """Does the terminal have the modes that it had before?"""
+        return termios.tcgetattr(self.slave) == self.before
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
