@@ -1,0 +1,129 @@
+"""Moving a list of substates in one call.
+
+The substates lie packed in one buffer; the C side makes an ioctl a row on its place in it. What can be prepared
+for a list of rows is prepared once: the same few lists come again and again.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from kvm.backends.kernel.fd import Fd
+from kvm.backends.kernel.library import ffi, lib
+from kvm.errors import SubstateError
+from kvm.x86.substates import Substate
+
+_ENTRY_BYTES = {"KVM_GET_MSRS": 16, "KVM_SET_MSRS": 16, "KVM_SET_CPUID2": 40}
+"""Structs that are a u32 count, padded to 8 bytes, and that many entries."""
+
+_VARIABLE = frozenset(_ENTRY_BYTES)
+_EXTENDED = frozenset({"KVM_SET_XSAVE"})
+"""A shorter one (saved where the state has fewer components) is filled up with zeros: those are in their init state."""
+
+_MSR = struct.Struct("<I4xQ")
+
+
+class _Plan:
+    """The calls that get, or put, these rows with buffers of these sizes."""
+
+    def __init__(self, rows: Sequence[Substate], sizes: Sequence[int], *, put: bool) -> None:
+        self.rows = tuple(rows)
+        self.names = [_name(row, row.put if put else row.get) for row in rows]
+        ends = list(itertools.accumulate(sizes))
+        self.slices = list(zip([0, *ends], ends, strict=False))
+        self.calls = ffi.new("struct vd_call[]", len(rows))
+        for call, row, name, (start, _) in zip(self.calls, rows, self.names, self.slices, strict=True):
+            call.request = getattr(lib, name)
+            call.offset = start
+            call.flags = (
+                (row.by_value and (lib.VD_TAKES_VALUE if put else lib.VD_GIVES_VALUE))
+                | (row.counted and lib.VD_COUNTED)
+                | (row.tolerated and lib.VD_TOLERATED)
+            )
+        self.templates = b"" if put else b"".join(row.template for row in rows)
+        self.buffer = ffi.new("char[]", max(8, ends[-1] if ends else 0))
+        self.view = ffi.buffer(self.buffer)
+
+
+class Batches:
+    """Gets and puts on one fd. For one thread at a time."""
+
+    def __init__(self, fd: Fd) -> None:
+        self._fd = fd
+        self._gets: dict[tuple[int, ...], _Plan] = {}
+        self._puts: dict[tuple[int, ...], _Plan] = {}
+
+    def get(self, rows: Sequence[Substate]) -> list[bytes]:
+        """The rows' bytes, in their order. Raises SubstateError."""
+        key = tuple(map(id, rows))  # a plan holds its rows, so that an id stays theirs
+        plan = self._gets.get(key)
+        if plan is None:
+            plan = self._gets[key] = _Plan(rows, [len(row.template) for row in rows], put=False)
+        ffi.memmove(plan.buffer, plan.templates, len(plan.templates))
+        done = lib.vd_batch(self._fd.number, plan.buffer, plan.calls, len(rows))
+        if self._fd.traced or done < len(rows):
+            self._after(plan, done, plan.view)
+        view = plan.view
+        return [view[start:end] for start, end in plan.slices]
+
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+        """Write the rows in their order. Raises SubstateError, for a struct of the wrong size before any is written."""
+        fitting = True
+        for row, raw in rows:
+            if row.counted or len(raw) != len(row.template):
+                fitting &= self._fits(row, raw)
+        if fitting:
+            key = tuple([id(row) for row, _ in rows])
+            plan = self._puts.get(key)
+            if plan is None:
+                plan = self._puts[key] = _Plan([row for row, _ in rows], [len(raw) for _, raw in rows], put=True)
+            buffer = b"".join([raw for _, raw in rows])
+        else:
+            filled = [raw.ljust(len(row.template), b"\0") for row, raw in rows]
+            plan = _Plan([row for row, _ in rows], [len(raw) for raw in filled], put=True)
+            buffer = b"".join(filled)
+        done = lib.vd_batch(self._fd.number, buffer, plan.calls, len(rows))
+        if self._fd.traced or done < len(rows):
+            self._after(plan, done, buffer)
+
+    def _fits(self, row: Substate, raw: bytes) -> bool:
+        """Is this struct as long as the row's template? Raises SubstateError if the kernel would read past its end."""
+        ioctl = _name(row, row.put)
+        same = len(raw) == len(row.template)
+        if entry := _ENTRY_BYTES.get(ioctl):
+            whole = len(raw) >= 8 and 8 + entry * int.from_bytes(raw[:4], "little") <= len(raw)
+        else:
+            whole = same or (ioctl in _EXTENDED and len(raw) < len(row.template))
+        if not whole:
+            detail = f"{len(raw)} bytes are not the struct's size"
+            raise SubstateError(row.name, 0, ioctl, errno.EINVAL, vcpu=self._fd.vcpu, detail=detail)
+        return same
+
+    def _after(self, plan: _Plan, done: int, buffer: Any) -> None:
+        for row, name in zip(plan.rows[: done + 1], plan.names, strict=False):
+            self._fd.note(name, row.name)
+        if done == len(plan.rows):
+            return
+        row, name, call = plan.rows[done], plan.names[done], plan.calls[done]
+        number, detail = call.error, ""
+        if row.counted and not number:
+            number, detail = errno.EINVAL, _refused_msr(buffer, plan, done)
+        raise SubstateError(row.name, done, name, number, vcpu=self._fd.vcpu, detail=detail)
+
+
+def _refused_msr(buffer: Any, plan: _Plan, row: int) -> str:
+    """KVM stops at the first MSR that it refuses, and tells only how many came before it."""
+    start, moved = plan.slices[row][0], plan.calls[row].result
+    listed = int.from_bytes(buffer[start : start + 4], "little")
+    index, value = _MSR.unpack_from(buffer, start + 8 + 16 * moved)
+    wanted = f" = {value:#x}" if plan.names[row] == "KVM_SET_MSRS" else ""
+    return f"MSR {index:#x}{wanted} refused, {moved} of {listed} moved"
+
+
+def _name(row: Substate, ioctl: str | None) -> str:
+    assert ioctl is not None, f"KVM has no such ioctl for {row.name}"
+    return ioctl

@@ -1,0 +1,362 @@
+/*
+ * The part of the kernel backend that must be C: ioctls in batches, the KVM_RUN loop, pages. Everything here runs
+ * without the GIL (cffi releases it around each call) and holds no lock. Policy is in Python.
+ */
+#define _GNU_SOURCE
+#include "shim.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAGE 4096
+
+/* Python reads these by offset (exits.py, vcpu.py). */
+_Static_assert(offsetof(struct kvm_run, io) == 32, "kvm_run's union");
+_Static_assert(offsetof(struct kvm_run, io.data_offset) == 40, "kvm_run.io");
+_Static_assert(offsetof(struct kvm_run, mmio.is_write) == 52, "kvm_run.mmio");
+_Static_assert(offsetof(struct kvm_run, debug.arch.dr6) == 48, "kvm_run.debug");
+_Static_assert(offsetof(struct kvm_run, emulation_failure.insn_size) == 48, "kvm_run.emulation_failure");
+_Static_assert(sizeof(struct kvm_coalesced_mmio) == 24, "coalesced entry");
+_Static_assert(sizeof(struct vd_sample) == 16 + 144 + 312 + 64, "sample");
+
+/* --- ioctls ----------------------------------------------------------------------------------------------- */
+
+/* The result, or -errno. EINTR is retried: none of the ioctls made through here waits for anything. */
+int vd_ioctl(int fd, unsigned long request, void *argument)
+{
+	int result;
+
+	do
+		result = ioctl(fd, request, argument);
+	while (result < 0 && errno == EINTR);
+	return result < 0 ? -errno : result;
+}
+
+int vd_ioctl_value(int fd, unsigned long request, unsigned long value)
+{
+	return vd_ioctl(fd, request, (void *)value);
+}
+
+/* Make the calls in order up to the first failure that isn't tolerated; returns how many succeeded before it. */
+int vd_batch(int fd, char *buffer, struct vd_call *calls, int count)
+{
+	for (int i = 0; i < count; i++) {
+		struct vd_call *call = &calls[i];
+		char *argument = buffer + call->offset;
+		uint32_t number;
+
+		memcpy(&number, argument, sizeof(number)); /* rows are packed: not always aligned */
+		if (call->flags & VD_TAKES_VALUE)
+			argument = (char *)(uintptr_t)number;
+		call->result = vd_ioctl(fd, call->request, argument);
+		call->error = call->result < 0 ? -call->result : 0;
+		if (call->result >= 0 && (call->flags & VD_GIVES_VALUE))
+			memcpy(buffer + call->offset, &call->result, sizeof(call->result));
+		if (call->result < 0 || ((call->flags & VD_COUNTED) && (uint32_t)call->result < number))
+			if (!(call->flags & VD_TOLERATED))
+				return i;
+	}
+	return count;
+}
+
+int vd_irq_line(int fd, uint32_t gsi, uint32_t level)
+{
+	struct kvm_irq_level line = { .irq = gsi, .level = level };
+
+	return vd_ioctl(fd, KVM_IRQ_LINE, &line);
+}
+
+/* --- VCPUs ------------------------------------------------------------------------------------------------ */
+
+#define ALL_REGS (KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS)
+
+struct vd_vcpu {
+	int fd;
+	int sync_regs; /* the kernel has KVM_CAP_SYNC_REGS for all three */
+	size_t size;
+	struct kvm_run *run;
+	struct kvm_coalesced_mmio_ring *ring; /* NULL without the capability */
+	_Atomic pid_t tid;
+	atomic_int stop;
+	atomic_int want_sample;
+	_Atomic uint64_t sequence; /* of the newest sample; it is in samples[sequence & 1] */
+	struct vd_sample samples[2];
+};
+
+static int kick_signal;
+
+static void do_nothing(int signal)
+{
+	(void)signal;
+}
+
+/* The kick's signal only has to interrupt KVM_RUN; without SA_RESTART, so that it does. */
+int vd_install_handler(void)
+{
+	struct sigaction action = { .sa_handler = do_nothing };
+
+	kick_signal = SIGRTMIN + 1;
+	sigemptyset(&action.sa_mask);
+	return sigaction(kick_signal, &action, NULL) ? -errno : 0;
+}
+
+/* Map the VCPU's pages. NULL and errno on failure. The fd stays the caller's. */
+struct vd_vcpu *vd_vcpu_open(int fd, size_t size, int sync_regs, int ring_page)
+{
+	struct vd_vcpu *v = calloc(1, sizeof(*v));
+	void *page;
+
+	if (!v)
+		return NULL;
+	page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (page == MAP_FAILED) {
+		int error = errno;
+
+		free(v);
+		errno = error;
+		return NULL;
+	}
+	v->fd = fd;
+	v->size = size;
+	v->sync_regs = sync_regs;
+	v->run = page;
+	if (ring_page)
+		v->ring = (void *)((char *)page + (size_t)ring_page * PAGE);
+	return v;
+}
+
+void vd_vcpu_close(struct vd_vcpu *v)
+{
+	munmap(v->run, v->size);
+	free(v);
+}
+
+char *vd_vcpu_page(struct vd_vcpu *v)
+{
+	return (char *)v->run;
+}
+
+/* The calling thread is the one that kicks go to. */
+void vd_bind(struct vd_vcpu *v)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, kick_signal);
+	pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+	atomic_store(&v->tid, (pid_t)syscall(SYS_gettid));
+}
+
+static void set_immediate_exit(struct vd_vcpu *v, __u8 value)
+{
+	atomic_store((_Atomic __u8 *)&v->run->immediate_exit, value);
+}
+
+static void ask_for_regs(struct vd_vcpu *v)
+{
+	if (v->sync_regs)
+		atomic_store((_Atomic __u64 *)&v->run->kvm_valid_regs, ALL_REGS);
+}
+
+static void interrupt(struct vd_vcpu *v)
+{
+	pid_t tid = atomic_load(&v->tid);
+
+	ask_for_regs(v);
+	set_immediate_exit(v, 1);
+	if (tid)
+		syscall(SYS_tgkill, getpid(), tid, kick_signal);
+}
+
+/*
+ * A flag is raised before immediate_exit. vd_run clears immediate_exit before it looks at the flags, and looks at
+ * them before each entry: so a flag raised after the look finds an immediate_exit that nobody clears any more.
+ */
+void vd_kick(struct vd_vcpu *v)
+{
+	atomic_store(&v->stop, 1);
+	interrupt(v);
+}
+
+void vd_request_sample(struct vd_vcpu *v)
+{
+	/* One that is still wanted has its signal under way. */
+	if (v->sync_regs && !atomic_exchange(&v->want_sample, 1))
+		interrupt(v);
+}
+
+/* immediate_exit stays: if it was a kick's, one KVM_RUN comes back early and vd_run enters again. */
+void vd_clear_kick(struct vd_vcpu *v)
+{
+	atomic_store(&v->stop, 0);
+}
+
+static int enter(struct vd_vcpu *v)
+{
+	/* Bit 1 of RFLAGS is always set: zero tells that the kernel stored no registers on this exit. */
+	v->run->s.regs.regs.rflags = 0;
+	return ioctl(v->fd, KVM_RUN, 0);
+}
+
+/*
+ * Publish the registers as they are now, after an exit with no I/O pending. If that exit didn't store them, one
+ * more KVM_RUN that doesn't enter the guest does (api.rst, KVM_CAP_SYNC_REGS; immediate_exit).
+ */
+void vd_publish(struct vd_vcpu *v)
+{
+	struct kvm_sync_regs *regs = &v->run->s.regs;
+	uint64_t next = atomic_load(&v->sequence) + 1;
+	struct vd_sample *sample = &v->samples[next & 1];
+	struct timespec now;
+
+	if (!v->sync_regs)
+		return;
+	if (!regs->regs.rflags) {
+		ask_for_regs(v);
+		set_immediate_exit(v, 1);
+		enter(v);
+		set_immediate_exit(v, 0);
+		if (!regs->regs.rflags)
+			return;
+	}
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	sample->sequence = next;
+	sample->time_ns = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+	sample->regs = regs->regs;
+	sample->sregs = regs->sregs;
+	sample->events = regs->events;
+	atomic_store(&v->sequence, next);
+}
+
+/*
+ * Copy the newest sample; 0 if there is none. Two slots rather than a seqlock: a reader never waits for a VCPU
+ * thread that was preempted in mid-write, and retries only if a whole new sample came meanwhile.
+ */
+int vd_sample(struct vd_vcpu *v, struct vd_sample *out)
+{
+	for (;;) {
+		uint64_t sequence = atomic_load(&v->sequence);
+
+		if (!sequence)
+			return 0;
+		*out = v->samples[sequence & 1];
+		atomic_thread_fence(memory_order_acquire);
+		if (atomic_load(&v->sequence) == sequence)
+			return 1;
+	}
+}
+
+static int ring_waits(const struct vd_vcpu *v)
+{
+	return v->ring && *(volatile __u32 *)&v->ring->first != *(volatile __u32 *)&v->ring->last;
+}
+
+/*
+ * Run the guest until Python must see to something: KVM_EXIT_*, perhaps | VD_RING_WAITS; VD_KICKED; or -errno.
+ * After VD_KICKED no I/O is pending: it came with EINTR, and KVM_RUN completes I/O before it returns that.
+ */
+int vd_run(struct vd_vcpu *v)
+{
+	struct kvm_run *run = v->run;
+
+	for (;;) {
+		int wanted, stop;
+
+		if (atomic_load(&v->stop) || atomic_load(&v->want_sample))
+			set_immediate_exit(v, 1);
+		if (enter(v) == 0) {
+			int reason = (int)run->exit_reason;
+
+			if (reason == KVM_EXIT_INTR)
+				continue;
+			/* Storing the registers costs each exit something: only while they are asked for. */
+			if (run->kvm_valid_regs && (reason == KVM_EXIT_IO || reason == KVM_EXIT_MMIO))
+				run->kvm_valid_regs = 0;
+			return ring_waits(v) ? reason | VD_RING_WAITS : reason;
+		}
+		if (errno == EAGAIN) /* an AP has got its SIPI: api.rst leaves entering it to the next KVM_RUN */
+			continue;
+		if (errno != EINTR)
+			return -errno;
+		set_immediate_exit(v, 0);
+		wanted = atomic_exchange(&v->want_sample, 0);
+		stop = atomic_load(&v->stop);
+		if (wanted || stop)
+			vd_publish(v);
+		if (stop)
+			return ring_waits(v) ? VD_KICKED | VD_RING_WAITS : VD_KICKED;
+	}
+}
+
+/* --- The coalesced ring: one a VM, seen through each VCPU's mapping. One consumer at a time. --------------- */
+
+#define RING_SLOTS ((PAGE - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio))
+
+/* Copy the waiting entries to `out` (VD_RING_BYTES), oldest first; returns how many. They stay in the ring. */
+int vd_ring_copy(struct vd_vcpu *v, char *out)
+{
+	int count = 0;
+	uint32_t slot, last;
+
+	if (!v->ring)
+		return 0;
+	last = atomic_load_explicit((_Atomic __u32 *)&v->ring->last, memory_order_acquire);
+	for (slot = v->ring->first; slot != last; slot = (slot + 1) % RING_SLOTS)
+		memcpy(out + sizeof(struct kvm_coalesced_mmio) * (size_t)count++, &v->ring->coalesced_mmio[slot],
+		       sizeof(struct kvm_coalesced_mmio));
+	return count;
+}
+
+/* The oldest `count` entries have been served. */
+void vd_ring_release(struct vd_vcpu *v, int count)
+{
+	atomic_store_explicit((_Atomic __u32 *)&v->ring->first, (v->ring->first + (uint32_t)count) % RING_SLOTS,
+			      memory_order_release);
+}
+
+/* --- Pages ------------------------------------------------------------------------------------------------ */
+
+/*
+ * Take a slot's dirty log; the numbers of its dirty pages go to `out` (room for 64 * words). Returns how many, or
+ * -errno.
+ */
+int64_t vd_dirty_pages(int fd, uint32_t slot, uint64_t *bitmap, int64_t words, int64_t *out)
+{
+	struct kvm_dirty_log log = { .slot = slot, .dirty_bitmap = bitmap };
+	int64_t count = 0;
+	int result = vd_ioctl(fd, KVM_GET_DIRTY_LOG, &log);
+
+	if (result < 0)
+		return result;
+	for (int64_t word = 0; word < words; word++)
+		for (uint64_t bits = bitmap[word]; bits; bits &= bits - 1)
+			out[count++] = word * 64 + __builtin_ctzll(bits);
+	return count;
+}
+
+/*
+ * Copy n pages. The page numbers say which of `to`'s and `from`'s pages (NULL: 0, 1, 2…), each checked against how
+ * many there are; returns n, or the place of the first number out of range, with the pages before it copied.
+ */
+int64_t vd_copy_pages(char *to, const int64_t *to_pages, int64_t to_count, const char *from,
+		      const int64_t *from_pages, int64_t from_count, int64_t n)
+{
+	for (int64_t i = 0; i < n; i++) {
+		int64_t target = to_pages ? to_pages[i] : i;
+		int64_t source = from_pages ? from_pages[i] : i;
+
+		if (target < 0 || target >= to_count || source < 0 || source >= from_count)
+			return i;
+		memcpy(to + target * PAGE, from + source * PAGE, PAGE);
+	}
+	return n;
+}

@@ -1,0 +1,184 @@
+"""A VCPU's file descriptor and the run loop's Python half, which serves its port I/O and MMIO."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvm.backends.interface import Bus, Exit, ExitKind, Sample
+from kvm.backends.kernel import stats
+from kvm.backends.kernel.batch import Batches
+from kvm.backends.kernel.exits import UNION, decode
+from kvm.backends.kernel.fd import Fd
+from kvm.backends.kernel.library import ffi, lib
+from kvm.errors import KvmError
+from kvm.x86.substates import Substate
+
+if TYPE_CHECKING:
+    from kvm.backends.kernel.vm import KernelVm
+
+_IO = struct.Struct("<BBHIQ")  # kvm_run.io: direction, size, port, count, data_offset
+_MMIO = struct.Struct("<QQIB")  # kvm_run.mmio: phys_addr, data, len, is_write
+_VALUE = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I")}
+_MASK = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
+_MMIO_DATA = UNION + 8
+
+_EXIT_IO, _EXIT_MMIO = 2, 6  # KVM_EXIT_*: ABI; constants, as the loop below looks at them for every exit
+
+_REGS = slice(16, 160)  # struct vd_sample: sequence, time, regs, sregs, events
+_SREGS = slice(160, 472)
+_EVENTS = slice(472, 536)
+
+
+class KernelVcpuFd:
+    """One VCPU of a :class:`~kvm.backends.kernel.vm.KernelVm`; see ``interface.VcpuFd``."""
+
+    def __init__(self, vm: KernelVm, fd: Fd, index: int) -> None:
+        """Takes ``fd`` over, and closes it if this fails."""
+        self.index = index
+        self._vm = vm
+        self._fd = fd
+        self._batches = Batches(fd)
+        self._owner: int | None = None
+        self._stats: Fd | None = None
+        self._blocking: int | None = None
+        self._closing = threading.Lock()
+        """Keeps ``waiting`` on another thread from reading an fd that was closed, and perhaps given away, meanwhile."""
+        self.mapping: Any = None
+        """The shim's struct vd_vcpu, with kvm_run's pages. Unmapped with its last reference: a kick on another thread
+        may still hold one while we close."""
+        try:
+            self.mapping = self._map()
+            self._open_stats()
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self) -> Any:
+        caps = self._vm.system.caps
+        every = lib.KVM_SYNC_X86_VALID_FIELDS
+        vcpu = lib.vd_vcpu_open(
+            self._fd.number, self._vm.system.mmap_size, caps["KVM_CAP_SYNC_REGS"] & every == every, self._vm.ring_page
+        )
+        if vcpu == ffi.NULL:
+            raise KvmError("KVM_CREATE_VCPU", ffi.errno, vcpu=self.index, detail="mapping kvm_run")
+        return ffi.gc(vcpu, lib.vd_vcpu_close)
+
+    def _open_stats(self) -> None:
+        if self._vm.system.caps["KVM_CAP_BINARY_STATS_FD"]:
+            self._stats = Fd(self._fd.call("KVM_GET_STATS_FD"), self._vm.system, self.index)
+            self._blocking = stats.find(self._stats.number, "blocking")
+
+    # The owner's
+
+    def bind(self) -> None:
+        self._owner = threading.get_ident()
+        lib.vd_bind(self.mapping)
+
+    def get(self, rows: Sequence[Substate]) -> list[bytes]:
+        self._check_owner()
+        return self._batches.get(rows)
+
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+        self._check_owner()
+        self._batches.put(rows)
+
+    def inject_nmi(self) -> None:
+        """Queue an NMI (KVM_NMI). Raises KvmError."""
+        self._check_owner()
+        self._fd.call("KVM_NMI")
+
+    def run(self, bus: Bus) -> Exit:
+        self._check_owner()
+        if self._owner is None:
+            self.bind()
+        vcpu, fd = self.mapping, self._fd
+        page = ffi.buffer(lib.vd_vcpu_page(vcpu), self._vm.system.mmap_size)
+        vd_run, kicked, waits = lib.vd_run, lib.VD_KICKED, lib.VD_RING_WAITS
+        unpack_io = _IO.unpack_from
+        while True:
+            reason = vd_run(vcpu)
+            if fd.traced:
+                fd.note("KVM_RUN")
+            if reason & waits and reason > 0:
+                # What this VCPU wrote before this exit comes before it.
+                self._vm.drain(bus)
+                reason &= ~waits
+            if reason == _EXIT_IO:
+                direction, size, port, count, offset = unpack_io(page, UNION)
+                value = _VALUE[size]
+                for place in range(offset, offset + size * count, size):  # count > 1: a string instruction
+                    if direction:
+                        bus.port_out(port, size, value.unpack_from(page, place)[0])
+                    else:
+                        value.pack_into(page, place, bus.port_in(port, size) & _MASK[size])
+            elif reason == _EXIT_MMIO:
+                _serve_mmio(page, bus)
+            elif reason == kicked:
+                return Exit(ExitKind.KICKED)
+            elif reason < 0:
+                raise KvmError("KVM_RUN", -reason, vcpu=self.index)
+            else:
+                # Decoded first: the KVM_RUN that may be needed to fetch the registers writes into the page.
+                ended = decode(reason, page)
+                lib.vd_publish(vcpu)
+                return ended
+
+    def clear_kick(self) -> None:
+        lib.vd_clear_kick(self.mapping)
+
+    # Anybody's
+
+    def kick(self) -> None:
+        if (vcpu := self.mapping) is not None:
+            lib.vd_kick(vcpu)
+
+    def request_sample(self) -> None:
+        if (vcpu := self.mapping) is not None:
+            lib.vd_request_sample(vcpu)
+
+    def sample(self) -> Sample | None:
+        copy = ffi.new("struct vd_sample *")
+        if (vcpu := self.mapping) is None or not lib.vd_sample(vcpu, copy):
+            return None
+        raw = ffi.buffer(copy)
+        return Sample(copy.sequence, copy.time_ns, raw[_REGS], raw[_SREGS], raw[_EVENTS])
+
+    def waiting(self) -> bool | None:
+        with self._closing:
+            if self._stats is None or self._blocking is None:
+                return None
+            return any(os.pread(self._stats.number, 8, self._blocking))
+
+    def close(self) -> None:
+        with self._closing:
+            opened, self._stats = self._stats, None
+            if opened:
+                opened.close()
+            self.mapping = None
+            self._fd.close()
+
+    def _check_owner(self) -> None:
+        if self._owner is not None and self._owner != threading.get_ident():
+            raise AssertionError(
+                f"VCPU {self.index} belongs to thread {self._owner}, not to {threading.get_ident()} "
+                f"({threading.current_thread().name})"
+            )
+
+
+def _serve_mmio(page: Any, bus: Bus) -> None:
+    """Pieces of an access that crosses a page have odd sizes: those go byte by byte."""
+    address, data, length, is_write = _MMIO.unpack_from(page, UNION)
+    step = length if length in _MASK else 1
+    mask = _MASK[step]
+    value = 0
+    for done in range(0, length, step):
+        if is_write:
+            bus.mmio_write(address + done, step, data >> 8 * done & mask)
+        else:
+            value |= (bus.mmio_read(address + done, step) & mask) << 8 * done
+    if not is_write:
+        page[_MMIO_DATA : _MMIO_DATA + length] = value.to_bytes(length, "little")
