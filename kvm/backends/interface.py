@@ -92,7 +92,8 @@ class IoctlTrace:
 class VcpuFd(Protocol):
     """One VCPU. All but ``kick``, ``request_sample``, ``sample`` and ``waiting`` belong to the bound thread."""
 
-    index: int
+    @property
+    def index(self) -> int: ...
 
     def bind(self) -> None:
         """Make the calling thread the owner; calls from any other thread raise AssertionError from now on."""
@@ -169,12 +170,18 @@ class Vm(Protocol):
 
 
 class System(Protocol):
-    """What /dev/kvm itself answers. ``caps`` maps capability names (``KVM_CAP_…``) to their values, 0 where lacking."""
+    """What /dev/kvm itself answers."""
 
-    name: str
-    caps: Mapping[str, int]
     trace: list[IoctlTrace] | None
     """Set to a list, every ioctl from then on is appended to it."""
+
+    @property
+    def name(self) -> str:
+        """For a person to read; no code asks it."""
+
+    @property
+    def caps(self) -> Mapping[str, int]:
+        """Capability names (``KVM_CAP_…``) to their values, 0 where lacking."""
 
     def msr_list(self) -> tuple[int, ...]: ...
 
