@@ -21,6 +21,9 @@ class Format:
     """Why a file isn't of this format, empty if it is; None for formats that can't be told by looking."""
 
 
+AUTO = "auto"
+"""Not a format of its own: whichever the file looks like, in the order of ``FORMATS``."""
+
 FORMATS = {
     "multiboot": Format(multiboot.load_multiboot, "multiboot 1 kernel, 32-bit entry", why_unlike=multiboot.why_not),
     "elf": Format(elf.load_elf, "ELF32 or ELF64 executable, 32- or 64-bit entry", why_unlike=elf.why_not),
@@ -48,17 +51,17 @@ _KNOWN = (
 """What people have at hand and vmdeck can't start: offset, bytes, name."""
 
 
-def load(path: StrPath, *, memory: int, format: str = "auto", address: int | None = None) -> BootImage:
+def load(path: StrPath, *, memory: int, format: str = AUTO, address: int | None = None) -> BootImage:
     """Load a guest image for a machine with ``memory`` bytes. Raises ImageError: what, why, and what to do.
 
     ``address`` is where a flat binary goes (guest-physical); None means the format's own place.
     """
-    chosen = FORMATS.get(format)
-    if chosen is None:
-        raise ImageError(f"There is no image format {format!r}. Choose one of {', '.join(FORMATS)}.")
+    if format not in (AUTO, *FORMATS):
+        raise ImageError(f"There is no image format {format!r}. Choose one of {', '.join((AUTO, *FORMATS))}.")
     source = read_source(path, memory=memory, address=address)
-    if format == "auto":
-        chosen = FORMATS[format := detect(source)]
+    if format == AUTO:
+        format = detect(source)
+    chosen = FORMATS[format]
     if address is not None and not chosen.takes_address:
         raise source.error(f"the format {format} has its own addresses. Leave --address out, or choose a flat format.")
     return chosen.load(source)
