@@ -1,0 +1,67 @@
+"""What a person needs to know when the guest can't go on: what happened, where, and what to do."""
+
+from __future__ import annotations
+
+from kvm.backends.interface import ExitKind
+from kvm.machine import Phase, Status
+from kvm.x86.disasm import disassemble
+from widgets.line_pane import Line
+
+_WHAT = {
+    ExitKind.SHUTDOWN: (
+        "shut down: triple fault",
+        "An exception came while the processor was delivering a double fault; mostly the IDT, the stack or the page "
+        "tables are not what the guest believes.",
+    ),
+    ExitKind.INTERNAL_ERROR: (
+        "stopped: KVM can't go on",
+        "KVM had to emulate this instruction and doesn't know how. The guest stands before it, unharmed.",
+    ),
+    ExitKind.FAIL_ENTRY: (
+        "stopped: the processor refused the guest's state",
+        "Some register holds what no guest can have; look at the segments, CR0, CR4 and EFER.",
+    ),
+    ExitKind.SYSTEM_EVENT: ("asked for the end", "The guest shut the machine down by itself."),
+    ExitKind.UNKNOWN: ("stopped", "KVM gave a reason that vmdeck doesn't know."),
+}
+
+
+def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: str) -> tuple[Line, ...]:
+    """The banner's lines; none while the guest can run. ``code``: bytes at ``rip``. ``back``: what Back leads to."""
+    if status.phase is Phase.EXITED:
+        code_ = status.code or 0
+        return (
+            ((" ● The guest ended itself", "info strong"), (f" with {code_:#x} through isa-debug-exit.", "text")),
+            ((f"   vmdeck will return {exit_code(code_)}. ", "text"), *_keys(back)),
+        )
+    if status.phase is not Phase.STOPPED:
+        return ()
+    who = "The machine" if status.vcpu is None else f"VCPU {status.vcpu}"
+    if status.exit is None:
+        return (
+            ((f" ■ {who} stopped", "bad strong"), (f": {status.reason}", "text")),
+            (("   ", ""), *_keys(back)),
+        )
+    what, why = _WHAT.get(status.exit.kind, _WHAT[ExitKind.UNKNOWN])
+    lines: list[Line] = [((f" ■ {who} {what}", "bad strong"), (f"  {status.exit.detail}", "label"))]
+    raw = status.exit.insn or code
+    if rip is not None and raw:
+        insn = disassemble(raw, rip, bits)[0]
+        lines.append(
+            (("   at ", "label"), (f"{rip:016x}", "rip"), (f"  {raw.hex(' ')}  ", "label"), (insn.text, "strong"))
+        )
+    lines.append(((f"   {why}", "text"),))
+    lines.append((("   ", ""), *_keys(back)))
+    return tuple(lines)
+
+
+def exit_code(value: int) -> int:
+    """What QEMU's isa-debug-exit makes of the value that the guest wrote, as a process's exit code."""
+    return value << 1 | 1
+
+
+def _keys(back: str) -> Line:
+    keys: Line = (("r", "accent strong"), (" resets", "text"))
+    if back:
+        keys = (*keys, (", ", "text"), ("b", "accent strong"), (f" goes back to {back}", "text"))
+    return (*keys, (", ", "text"), ("q", "accent strong"), (" quits.", "text"))

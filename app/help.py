@@ -1,0 +1,60 @@
+"""The help screen: every key, from the same table as the keys themselves."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.table import Table
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from app.commands import COMMANDS
+
+_GROUPS = (("machine", "The machine"), ("vcpu", "VCPUs"), ("show", "Panes"), ("app", "vmdeck"))
+_LEGEND = (
+    ("•", "this register changed: a moment ago while the guest runs, since it last stood while it stands"),
+    ("▶ ◌ ■", "running, halted or waiting for a SIPI, stopped"),
+    ("kernel owns", "the registers live in KVM; what is drawn is a sample of them"),
+    ("user copy owns", "they live in vmdeck's copy and go back to KVM before the VCPU runs again"),
+    ("put RUNTIME", "the level at which the copy was last written: RUNTIME, RESET or FULL"),
+    ("?", "not known"),
+)
+
+
+class HelpScreen(ModalScreen[None]):
+    """Closes on any of the keys that people try."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,question_mark,f1,enter", "dismiss", "Close", id="help.close")
+    ]
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="help"):
+            yield Static(self._table(), id="help-text")
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column()
+        for prefix, title in _GROUPS:
+            table.add_row("", Text(title, style="bold"))
+            for command in COMMANDS:
+                if command.id.startswith(prefix + "."):
+                    keys = "  ".join(self.app.get_key_display(key) for key in _bindings(command.keys, command.action))
+                    table.add_row(Text(keys, style="bold"), f"{command.label}. {command.help}.")
+            table.add_row("", "")
+        table.add_row("", Text("What the panes say", style="bold"))
+        for sign, meaning in _LEGEND:
+            table.add_row(sign, meaning)
+        table.add_row("", "")
+        table.add_row("", "Mouse: click a VCPU to select it, the console to type, a button to press it.")
+        table.add_row("", "While you type at the guest only F1 to F9, ctrl+], ctrl+p and ctrl+q are vmdeck's.")
+        return table
+
+
+def _bindings(keys: str, action: str) -> list[Binding]:
+    return [Binding(key, action) for key in keys.split(",")]

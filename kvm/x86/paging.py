@@ -1,0 +1,62 @@
+"""Linear to guest-physical addresses: a walk of the page tables (SDM vol. 3A, 4.3 to 4.5), without side effects.
+
+Only for looking: neither permissions nor accessed and dirty bits matter here, and reserved bits are not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvm.x86.decode import CR0_PE, EFER_LMA
+from kvm.x86.structs import Sregs, Sregs2
+
+CR0_PG = 1 << 31
+CR4_PSE, CR4_PAE, CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
+PRESENT, LARGE = 1 << 0, 1 << 7
+FRAME = 0x000F_FFFF_FFFF_F000
+"""The bits of a 64-bit entry that hold an address."""
+
+Read = Callable[[int, int], bytes]
+"""Guest-physical memory: (address, size) to bytes; shorter or empty where there is none."""
+
+
+def translate(sregs: Sregs | Sregs2, linear: int, read: Read) -> int | None:
+    """The guest-physical address of ``linear``, None if it isn't mapped."""
+    if not (sregs.cr0 & CR0_PG and sregs.cr0 & CR0_PE):
+        return linear
+    if sregs.efer & EFER_LMA:
+        top = 48 if sregs.cr4 & CR4_LA57 else 39
+        return _walk64(sregs.cr3 & FRAME, linear, range(top, 11, -9), read)
+    if sregs.cr4 & CR4_PAE:
+        # The PDPT has four entries, is 32-byte aligned, and its bit 7 is no page size.
+        entry = _entry((sregs.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8, 8, read)
+        return _walk64(entry & FRAME, linear, range(21, 11, -9), read) if entry & PRESENT else None
+    return _walk32(sregs, linear, read)
+
+
+def _entry(address: int, size: int, read: Read) -> int:
+    """A table's entry; 0, so not present, where there is no memory."""
+    return int.from_bytes(read(address, size), "little")
+
+
+def _walk64(table: int, linear: int, shifts: range, read: Read) -> int | None:
+    for shift in shifts:
+        entry = _entry(table + (linear >> shift & 0x1FF) * 8, 8, read)
+        if not entry & PRESENT:
+            return None
+        if shift == 12 or (entry & LARGE and shift in (21, 30)):
+            offset = (1 << shift) - 1
+            return entry & FRAME & ~offset | linear & offset
+        table = entry & FRAME
+    return None
+
+
+def _walk32(sregs: Sregs | Sregs2, linear: int, read: Read) -> int | None:
+    entry = _entry((sregs.cr3 & 0xFFFF_F000) + (linear >> 22 & 0x3FF) * 4, 4, read)
+    if not entry & PRESENT:
+        return None
+    if entry & LARGE and sregs.cr4 & CR4_PSE:
+        # PSE-36: address bits 32 to 39 stand in the entry's bits 13 to 20.
+        return (entry >> 13 & 0xFF) << 32 | entry & 0xFFC0_0000 | linear & 0x3F_FFFF
+    entry = _entry((entry & 0xFFFF_F000) + (linear >> 12 & 0x3FF) * 4, 4, read)
+    return entry & 0xFFFF_F000 | linear & 0xFFF if entry & PRESENT else None

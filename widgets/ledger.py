@@ -1,0 +1,118 @@
+"""The ledger's pane: what the all-CPU hooks did, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual import events
+from textual.binding import Binding, BindingType
+
+from widgets.line_pane import Line, LinePane, Span, bar, cut
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """One record as it's drawn; ``clock`` is the time of day, ``moved`` says which substates moved."""
+
+    number: int
+    clock: str
+    hook: str
+    level: str
+    caller: str
+    vcpus: int
+    ioctls: int
+    microseconds: float
+    skew_us: float
+    moved: str
+
+
+def duration(microseconds: float) -> str:
+    """A time in six cells: ``412 µs``, ``1.3 ms``, ``2.1 s ``."""
+    if microseconds < 999.5:
+        return f"{microseconds:3.0f} µs"
+    if microseconds < 99_950:
+        return f"{microseconds / 1000:.1f} ms".rjust(6)
+    return f"{microseconds / 1e6:.1f} s".rjust(6)
+
+
+class LedgerPane(LinePane, can_focus=True):
+    """The records; scrolls while focused, and then stands still while new ones come."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "scroll_by(-1)", "Newer", show=False, id="ledger.up"),
+        Binding("down,j", "scroll_by(1)", "Older", show=False, id="ledger.down"),
+        Binding("pageup", "scroll_by(-10)", "Newer", show=False, id="ledger.page_up"),
+        Binding("pagedown", "scroll_by(10)", "Older", show=False, id="ledger.page_down"),
+        Binding("home", "newest", "Newest", show=False, id="ledger.home"),
+    ]
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.entries: tuple[LedgerEntry, ...] = ()
+        self.total = 0
+        self.others = ""
+        self._top: int | None = None
+        """The number of the record at the top; None follows the newest."""
+
+    def show(self, entries: Sequence[LedgerEntry], total: int) -> None:
+        """The newest records, newest first, and how many there ever were."""
+        if total != self.total:
+            self.entries, self.total = tuple(entries), total
+            self.redraw()
+
+    def action_scroll_by(self, rows: int) -> None:
+        if self.entries:
+            top = (self._top or self.entries[0].number) - rows
+            self._top = max(top, self.entries[-1].number) if top < self.entries[0].number else None
+            self.redraw()
+
+    def action_newest(self) -> None:
+        self._top = None
+        self.redraw()
+
+    def lines(self, width: int, height: int) -> Sequence[Line]:
+        base = "bar selected" if self.has_focus else "bar"
+        right: list[list[Span]] = [[(f"{self.total} hooks", "")]]
+        if self._top is not None:
+            right.insert(0, [("scrolled, Home follows", "warn")])
+        if self.others:
+            right.append([(self.others, "label")])
+        lines = [bar([(" F3 ", "label"), ("Ledger ", "strong")], right, width, base)]
+        if not self.entries:
+            return [*lines, ((" Nothing moved between the kernel and the user copy yet.", "dim"),)]
+        skip = 0 if self._top is None else max(self.entries[0].number - self._top, 0)
+        return [*lines, *(_row(entry, width) for entry in self.entries[skip : skip + height - 1])]
+
+    def on_focus(self) -> None:
+        self.redraw()
+
+    def on_blur(self) -> None:
+        self.redraw()
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        event.stop()
+        self.action_scroll_by(-3)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        event.stop()
+        self.action_scroll_by(3)
+
+
+_LEVEL_STYLES = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
+
+
+def _row(entry: LedgerEntry, width: int) -> Line:
+    spans: list[Span] = [
+        (f" {entry.clock} ", "dim"),
+        (f"{cut(entry.hook, 15):<15} ", "text"),
+        (f"{entry.level or '·':<7} ", _LEVEL_STYLES.get(entry.level, "dim")),
+        (f"{entry.vcpus:>2}× ", "label"),
+        (f"{entry.ioctls:>4} ioctl ", "label"),
+        (f"{duration(entry.microseconds)} ", "strong"),
+    ]
+    if width >= 72:
+        spans.append((f"skew {duration(entry.skew_us)} " if entry.skew_us else " " * 12, "label"))
+    room = width - sum(len(text) for text, _ in spans) - 1
+    return (*spans, (cut(f"{entry.caller}: {entry.moved}", room), "dim"))

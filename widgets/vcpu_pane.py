@@ -1,0 +1,218 @@
+"""A VCPU's pane: who owns its state, RIP and its instruction, registers, flags, control registers, segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+from textual import events
+from textual.message import Message
+
+from kvm.x86 import decode
+from kvm.x86.structs import GENERAL_REGISTERS, SEGMENT_REGISTERS, Regs, Sregs
+from widgets.frame import VcpuFrame
+from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
+
+MARK = "•"
+"""Stands before a register that changed, for those who see no colours."""
+ACTIVITY = {
+    "running": ("▶", "good"),
+    "halted": ("◌", "info"),
+    "wait-for-SIPI": ("◌", "dim"),
+    "stopped": ("■", "warn"),
+    "": ("?", "dim"),
+}
+"""Activity to its glyph and style."""
+
+MIN_WIDTH = 46
+"""Cells that a pane needs: RFLAGS spelled out, or two registers side by side."""
+_CELL = 23
+WIDE = 98
+"""From here on four registers fit side by side, and the segments beside the control registers."""
+_SEGMENTS = 54
+
+
+def columns(width: int) -> int:
+    """How many registers stand side by side in a pane of this width."""
+    return 4 if width >= WIDE else 3 if width >= 3 * _CELL + 2 else 2
+
+
+def heights(width: int) -> tuple[int, int]:
+    """Rows that a pane of this width needs: (compact, everything)."""
+    compact = {2: 11, 3: 9, 4: 7}[columns(width)]
+    return compact, compact + (10 if width >= WIDE else 18)
+
+
+def vcpu_lines(frame: VcpuFrame, width: int, *, selected: bool = False) -> list[Line]:
+    """The pane's lines, the most important ones first."""
+    regs = Regs.from_buffer_copy(frame.regs) if frame.regs else None
+    sregs = Sregs.from_buffer_copy(frame.sregs) if frame.sregs else None
+    lines = [_title(frame, regs, sregs, width, selected), _rip(frame, regs, sregs, width)]
+    lines += _registers(frame, regs, sregs, columns(width))
+    lines.append(_flags(frame, regs))
+    segments, controls = _segments(frame, sregs, width), _controls(frame, sregs, width)
+    if width >= WIDE:
+        for left, right in zip_longest(segments, controls, fillvalue=()):
+            gap = " " * max(_SEGMENTS - width_of(left), 0)
+            lines.append((*left, (gap, ""), *right))
+    else:
+        lines += [*controls, *segments]
+    return lines
+
+
+def _title(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int, selected: bool) -> Line:
+    glyph, style = ACTIVITY.get(frame.activity, ACTIVITY[""])
+    left: list[Span] = [(f" VCPU {frame.index} ", "strong"), (f"{glyph} {frame.activity or 'unknown'}", style)]
+    if frame.reason:
+        left.append((f": {cut(frame.reason, max(width // 3, 8))}", style))
+    if frame.age:
+        left.append((f" {frame.age} s ago", "warn"))
+    right: list[list[Span]] = []
+    if regs and sregs:
+        mode = decode.mode(sregs, regs.rflags)
+        right.append([(f"{mode.value} CPL{decode.cpl(sregs, regs.rflags)}", "")])
+    right.append([("user copy owns", "accent")] if frame.dirty else [("kernel owns", "")])
+    right.append([(f"put {frame.last_put}" if frame.last_put else "never put", "dim")])
+    return bar(left, right, width, "bar selected" if selected else "bar")
+
+
+def _mark(frame: VcpuFrame, name: str) -> tuple[str, str]:
+    return (MARK, "changed") if name in frame.changed else (" ", "text")
+
+
+def number(value: int | None, digits: int, style: str = "text") -> tuple[Span, ...]:
+    """A hexadecimal number with its leading zeros dimmed, so that what counts stands out."""
+    if value is None:
+        return (("?".rjust(digits), "dim"),)
+    text = f"{value:0{digits}x}"
+    significant = text.lstrip("0") or "0"
+    zeros = text[: len(text) - len(significant)]
+    return ((zeros, "dim"), (significant, style)) if zeros else ((text, style),)
+
+
+def _rip(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int) -> Line:
+    mark, _ = _mark(frame, "rip")
+    rip = f"{regs.rip:016x}" if regs else "?".rjust(16)
+    spans: list[Span] = [(f"{mark}RIP ", "rip"), (rip, "rip"), ("  ", "")]
+    if regs and sregs and decode.mode(sregs, regs.rflags) in (decode.Mode.REAL, decode.Mode.VM86):
+        spans.append((f"{sregs.cs.selector:04x}:{regs.rip & 0xFFFF:04x}  ", "label"))
+    if frame.insn is None:
+        return (*spans, ("?" if not regs else "? not mapped", "dim"))
+    if width >= 80:
+        spans.append((f"{frame.insn.raw.hex(' '):<24} ", "label"))
+    return (*spans, (cut(frame.insn.text, width - width_of(spans)), "strong"))
+
+
+def _register(frame: VcpuFrame, name: str, value: int | None) -> list[Span]:
+    mark, style = _mark(frame, name)
+    return [
+        (f"{mark}{name.upper():<3} ", "changed" if mark == MARK else "label"),
+        *number(value, 16, style),
+        ("  ", ""),
+    ]
+
+
+def _registers(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, across: int) -> list[Line]:
+    values = [(name, getattr(regs, name) if regs else None) for name in GENERAL_REGISTERS]
+    if across == 3:
+        # Two cells would stay empty: the page fault's address and the page table fill them.
+        values += [(name, getattr(sregs, name) if sregs else None) for name in ("cr2", "cr3")]
+    rows = len(values) // across
+    cells = [_register(frame, name, value) for name, value in values]
+    return [tuple(span for cell in cells[row::rows] for span in cell) for row in range(rows)]
+
+
+def _flags(frame: VcpuFrame, regs: Regs | None) -> Line:
+    mark, style = _mark(frame, "rflags")
+    spans: list[Span] = [(f"{mark}RFL ", "changed" if mark == MARK else "label")]
+    spans += number(regs.rflags & 0xFFFFFFFF if regs else None, 8, style)
+    for word, is_set in decode.flag_words(regs.rflags) if regs else ():
+        spans.append((f" {word}", "strong" if is_set else "dim"))
+    return tuple(spans)
+
+
+def _named_bits(
+    frame: VcpuFrame, name: str, value: int | None, bits: tuple[tuple[str, int], ...], width: int
+) -> list[Line]:
+    """A control register and the names of its bits, on as many lines as these need."""
+    mark, style = _mark(frame, name)
+    line: list[Span] = [(f"{mark}{name.upper():<4} ", "changed" if mark == MARK else "label"), *number(value, 8, style)]
+    lines, used = [], 14
+    for word in decode.bit_names(value, bits) if value is not None else ():
+        if used + len(word) + 1 > width:
+            lines.append(tuple(line))
+            line, used = [(" " * 14, "")], 14
+        line.append((f" {word}", "text"))
+        used += len(word) + 1
+    return [*lines, tuple(line)]
+
+
+def _controls(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
+    def value(name: str) -> int | None:
+        return getattr(sregs, name) if sregs else None
+
+    def plain(name: str, digits: int) -> Line:
+        mark, style = _mark(frame, name)
+        label = "changed" if mark == MARK else "label"
+        return ((f"{mark}{name.upper():<4} ", label), *number(value(name), digits, style))
+
+    room = width - _SEGMENTS if width >= WIDE else width
+    lines = _named_bits(frame, "cr0", value("cr0"), decode.CR0_BITS, room)
+    lines += _named_bits(frame, "cr4", value("cr4"), decode.CR4_BITS, room)
+    lines += _named_bits(frame, "efer", value("efer"), decode.EFER_BITS, room)
+    lines.append((*plain("cr8", 1), ("  ", ""), *plain("cr2", 16)))
+    lines.append(plain("cr3", 16))
+    return lines
+
+
+def _segments(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
+    """Selector, base, limit, attributes; the limit gives way where it's narrow."""
+    with_limit = width >= _SEGMENTS
+    lines: list[Line] = []
+    for name in SEGMENT_REGISTERS:
+        mark, style = _mark(frame, name)
+        segment = getattr(sregs, name) if sregs else None
+        spans: list[Span] = [(f"{mark}{name.upper():<3} ", "changed" if mark == MARK else "label")]
+        spans += number(segment.selector if segment else None, 4, style)
+        spans += [(" ", ""), *number(segment.base if segment else None, 16, style)]
+        if with_limit:
+            spans += [(" ", ""), *number(segment.limit if segment else None, 8, style)]
+        spans.append((f" {decode.segment_text(segment) if segment else '?'}", "label"))
+        lines.append(tuple(spans))
+    for name in ("gdt", "idt"):
+        mark, style = _mark(frame, name)
+        table = getattr(sregs, name) if sregs else None
+        spans = [(f"{mark}{name.upper():<3}      ", "changed" if mark == MARK else "label")]
+        spans += number(table.base if table else None, 16, style)
+        spans += [(" " if not with_limit else "     ", ""), *number(table.limit if table else None, 4, style)]
+        lines.append(tuple(spans))
+    return lines
+
+
+class VcpuPane(LinePane):
+    """One VCPU, drawn from a frame."""
+
+    class Selected(Message):
+        """The pane was clicked."""
+
+        def __init__(self, index: int) -> None:
+            super().__init__()
+            self.index = index
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__(id=id)
+        self.frame = VcpuFrame(0)
+        self.selected = False
+
+    def show(self, frame: VcpuFrame, *, selected: bool) -> None:
+        """Draw this VCPU from now on."""
+        if frame != self.frame or selected != self.selected:
+            self.frame, self.selected = frame, selected
+            self.redraw()
+
+    def lines(self, width: int, height: int) -> Sequence[Line]:
+        return vcpu_lines(self.frame, width, selected=self.selected)
+
+    def on_click(self, event: events.Click) -> None:
+        event.stop()
+        self.post_message(self.Selected(self.frame.index))
