@@ -103,14 +103,17 @@ def read_source(path: StrPath, *, memory: int, address: int | None) -> Source:
     # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        with open(os.open(path, flags), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
+        fd = os.open(path, flags)
+        try:
+            status = os.fstat(fd)
             if stat.S_ISDIR(status.st_mode):
                 raise ImageError(f"Can't load {shown}: it's a directory. Name the image file in it.")
             if not stat.S_ISREG(status.st_mode):
                 raise ImageError(f"Can't load {shown}: it isn't a regular file. Copy what it gives into one first.")
             size = status.st_size
-            data = b"" if size > limit else _read(file.fileno(), limit + 1)
+            data = b"" if size > limit else _read(fd, limit + 1)
+        finally:
+            os.close(fd)
     except OSError as error:
         raise ImageError(f"Can't load {shown}: {error.strerror}. {_advice(error)}") from error
     except ValueError as error:  # a NUL in the name
