@@ -28,9 +28,11 @@ PIECE = 4096
 """Bytes: a pipe that polls as writable takes so many without blocking (PIPE_BUF)."""
 TICK = 50
 """Milliseconds between looks at what KVM has gathered without an exit: a console hears of it only then."""
+GATHER = 0.001
+"""Seconds between the bell and its answer: guests print byte by byte, and each look costs the VCPU the interpreter."""
 UNREAD = 4096
 """Bytes from stdin that the guest hasn't read yet, at which the rest has to wait; not for a person's ctrl-a x."""
-BACKLOG = 256 << 10
+BACKLOG = 64 << 10
 """Bytes of output not yet taken by stdout's reader at which the guest has to wait, so that nothing is lost."""
 
 
@@ -109,6 +111,8 @@ class _Headless:
         if running and time.monotonic() - self._looked > TICK / 1000:
             self._looked = time.monotonic()
             self._machine.request_samples()
+        if self._bell.fileno() in ready:
+            time.sleep(GATHER)
         if STDIN in ready:
             self._read()
         if ready.get(STDOUT, 0) & select.POLLOUT:

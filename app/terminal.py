@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 
 from kvm.errors import ConfigError
 
-COLUMNS, LINES = 80, 24
-"""The smallest terminal that the workstation is laid out for."""
+COLUMNS, LINES = 60, 16
+"""Below this nothing useful of the workstation fits; 80×24 is comfortable."""
 
 _USE_HEADLESS = "or run the guest without the workstation: --headless"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvm.errors import BackendUnavailable
+from kvm.errors import BackendUnavailable, VmdeckError
 
 if TYPE_CHECKING:
     from kvm.backends.interface import System
@@ -15,9 +15,15 @@ def _kernel() -> System:
     from kvm.backends.kernel.system import KernelSystem
 
     try:
-        return KernelSystem()
-    except BackendUnavailable as error:
-        raise BackendUnavailable(f"{error}\nOr run the guest without it: --backend software") from error
+        system = KernelSystem()
+        try:
+            system.create_vm().close()  # what opens may still be busy
+        except BaseException:
+            system.close()
+            raise
+    except VmdeckError as error:
+        raise BackendUnavailable(f"{error} Or use --backend software.") from error
+    return system
 
 
 def _software() -> System:
