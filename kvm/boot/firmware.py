@@ -10,7 +10,7 @@ _PAGE = 0x1000
 _VECTOR = 16
 """The reset vector's distance from the end."""
 _BEFORE_JUMP = (b"\x90", b"\xfa", b"\xfc", b"\x0f\x09", b"\x0f\x20\xc0", b"\xa8\x01")
-"""nop, cli, cld, wbinvd; OVMF's mov eax,cr0 and test al,1: what firmware has before it jumps out of the last 16 bytes."""
+"""nop, cli, cld, wbinvd; OVMF's mov eax,cr0 and test al,1: what firmware has before the jump."""
 _JUMPS = (0xEA, 0xE9, 0xEB, 0x74)
 """jmp far, near and short; je."""
 
