@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from functools import partial
 
 from app.workstation import Workstation
 from kvm.machine import Machine
@@ -20,6 +21,7 @@ async def _run(machine: Machine) -> int:
     app = Workstation(machine)
     loop = asyncio.get_running_loop()
     for number in _ENDING:
-        loop.add_signal_handler(number, lambda number=number: app.exit(return_code=128 + number))
+        loop.add_signal_handler(number, partial(app.exit, 128 + number, return_code=128 + number))
+    machine.run()
     await app.run_async()
     return app.return_code or 0

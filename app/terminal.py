@@ -11,9 +11,6 @@ from contextlib import contextmanager, suppress
 
 from kvm.errors import ConfigError
 
-COLUMNS, LINES = 60, 16
-"""Below this nothing useful of the workstation fits; 80×24 is comfortable."""
-
 _USE_HEADLESS = "or run the guest without the workstation: --headless"
 
 
@@ -24,12 +21,17 @@ def check_terminal() -> None:
             raise ConfigError(f"the workstation needs a terminal and {name} is none: start it in one, {_USE_HEADLESS}")
     if os.environ.get("TERM", "dumb") == "dumb":
         raise ConfigError(f"the workstation can't be drawn on TERM=dumb: use a terminal that can, {_USE_HEADLESS}")
-    size = shutil.get_terminal_size((COLUMNS, LINES))
-    if size.columns < COLUMNS or size.lines < LINES:
-        raise ConfigError(
-            f"this terminal has {size.columns}×{size.lines} characters, the workstation needs {COLUMNS}×{LINES}: "
-            f"make it larger, {_USE_HEADLESS}"
-        )
+    if short := _too_small():
+        raise ConfigError(f"this terminal is too small: {short}. Make it larger, {_USE_HEADLESS}")
+
+
+def _too_small() -> str:
+    from app.plan import MIN_COLUMNS, MIN_ROWS  # with it comes Textual
+
+    size = shutil.get_terminal_size()
+    if size.columns >= MIN_COLUMNS and size.lines >= MIN_ROWS:
+        return ""
+    return f"{size.columns}×{size.lines} characters, the workstation needs {MIN_COLUMNS}×{MIN_ROWS}"
 
 
 @contextmanager
@@ -58,12 +60,11 @@ def raw_terminal(number: int) -> Iterator[None]:
 
 def describe_terminal() -> list[tuple[str, str]]:
     """What doctor says of the terminal: names and values."""
-    size = shutil.get_terminal_size((0, 0))
-    fits = size.columns >= COLUMNS and size.lines >= LINES
+    size = shutil.get_terminal_size()
     return [
         ("stdin", "a terminal" if os.isatty(0) else "not a terminal"),
         ("stdout", "a terminal" if os.isatty(1) else "not a terminal"),
-        ("size", f"{size.columns}×{size.lines}" + ("" if fits else f": the workstation needs {COLUMNS}×{LINES}")),
+        ("size", f"too small: {short}" if (short := _too_small()) else f"{size.columns}×{size.lines}"),
         ("TERM", os.environ.get("TERM", "not set")),
         ("colours", _colours()),
         ("encoding", sys.stdout.encoding if sys.stdout else "unknown"),
