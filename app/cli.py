@@ -121,7 +121,7 @@ def _start(options: argparse.Namespace, image: Path, format: str, address: int |
 
             if options.backend == "auto" and machine.system.name == "software":
                 print(
-                    "vmdeck: KVM isn't usable (vmdeck doctor says why): the software backend runs the guest",
+                    "vmdeck: KVM isn't usable here (vmdeck doctor says why): the software backend runs the guest.",
                     file=sys.stderr,
                 )
             return headless.run(machine)
@@ -149,5 +149,5 @@ def check_memory(size: int) -> None:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > host:
         raise ConfigError(
-            f"--memory {show_size(size)} is more than this host has ({host >> 20}M): ask for less, 64M does for most"
+            f"--memory {show_size(size)} is more than this host has ({host >> 20}M). Ask for less: 64M does for most."
         )

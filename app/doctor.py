@@ -130,7 +130,7 @@ def _self_check(system: System) -> str:
         said, _ = machine.board.debug_console.since(0)
     if (status.phase, status.code, said) != (Phase.EXITED, 0x15, b"V"):
         raise VmdeckError(
-            f"a test guest of five instructions did not do what it should: it is {status.phase.value}"
-            f"{f' ({status.reason})' if status.reason else ''}, printed {said!r}. Please report this, with all of it"
+            f"A test guest of five instructions did not do what it should: it is {status.phase.value}"
+            f"{f' ({status.reason})' if status.reason else ''}, printed {said!r}. Please report this, with all of it."
         )
     return "ran: real mode, debug console, exit port"

@@ -15,7 +15,7 @@ def parse_size(text: str) -> int:
     """``64M``, ``1g`` or ``65536`` in bytes; suffixes are powers of 1024. Raises ConfigError."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(f"{text!r} is not a memory size: write a whole number of bytes, or one with K, M or G: 64M")
+        raise ConfigError(f"{text!r} is not a memory size. Write a whole number of bytes, or one with K, M or G: 64M.")
     return int(found[1]) * _SUFFIXES[found[2].upper()]
 
 
@@ -26,14 +26,14 @@ def parse_address(text: str) -> int:
     except ValueError:
         address = -1
     if not 0 <= address < 1 << 64:
-        raise ConfigError(f"{text!r} is not a guest-physical address: write 0x100000 or a whole number below 2^64")
+        raise ConfigError(f"{text!r} is not a guest-physical address. Write 0x100000, or a whole number below 2^64.")
     return address
 
 
 def parse_count(text: str) -> int:
     """A number of VCPUs; the machine checks how many are possible. Raises ConfigError."""
     if not re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
-        raise ConfigError(f"{text!r} is not a number of VCPUs: write a whole number, 1 or more")
+        raise ConfigError(f"{text!r} is not a number of VCPUs. Write a whole number, 1 or more.")
     return int(text)
 
 

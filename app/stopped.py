@@ -10,7 +10,7 @@ from kvm.x86.structs import Regs, Sregs
 
 def explain(machine: Machine, status: Status) -> str:
     """A few lines for a person: the reason, the VCPU's mode and RIP, the bytes and their disassembly if known."""
-    lines = [f"the guest can't go on. {status.reason}"]
+    lines = [f"The guest can't go on. {status.reason}"]
     if status.vcpu is not None and (view := machine.view(status.vcpu)).regs:
         regs, sregs = Regs.from_buffer_copy(view.regs), Sregs.from_buffer_copy(view.sregs)
         mode = decode.mode(sregs, regs.rflags)

@@ -11,18 +11,18 @@ from contextlib import contextmanager, suppress
 
 from kvm.errors import ConfigError
 
-_USE_HEADLESS = "or run the guest without the workstation: --headless"
+_USE_HEADLESS = "or run the guest without the workstation: --headless."
 
 
 def check_terminal() -> None:
     """Raise ConfigError if the workstation can't be drawn here."""
     for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if not os.isatty(number):
-            raise ConfigError(f"the workstation needs a terminal and {name} is none: start it in one, {_USE_HEADLESS}")
+            raise ConfigError(f"The workstation needs a terminal and {name} is none. Start it in one, {_USE_HEADLESS}")
     if os.environ.get("TERM", "dumb") == "dumb":
-        raise ConfigError(f"the workstation can't be drawn on TERM=dumb: use a terminal that can, {_USE_HEADLESS}")
+        raise ConfigError(f"The workstation can't be drawn on TERM=dumb. Use a terminal that can, {_USE_HEADLESS}")
     if short := _too_small():
-        raise ConfigError(f"this terminal is too small: {short}. Make it larger, {_USE_HEADLESS}")
+        raise ConfigError(f"This terminal is too small: {short}. Make it larger, {_USE_HEADLESS}")
 
 
 def _too_small() -> str:

@@ -31,7 +31,7 @@ def _software() -> System:
         from kvm.backends.software.system import SoftwareSystem
     except ImportError as error:
         raise BackendUnavailable(
-            f"the software backend can't be loaded: {error}. Install what it needs: pip install unicorn==2.1.4"
+            f"The software backend can't be loaded: {error}. Install what it needs: pip install unicorn==2.1.4."
         ) from error
     return SoftwareSystem()
 

@@ -1,0 +1,277 @@
+"""The command as a process of its own: what it refuses and how it says so, the backends, the workstation's ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from app.cli import FORMATS
+from kvm.boot import loader
+from tests.app import guests
+from tests.app.process import COMMAND, LIMIT, Terminal, refused, vmdeck
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "guest.bin"
+    path.write_bytes(guests.HALT)
+    return str(path)
+
+
+FLAT = ("--format", "flat16", "--address", "0x7c00", "--memory", "2M", "--vcpus", "1")
+SOFTWARE = ("--backend", "software", "--headless")
+
+
+# What needs no guest
+
+
+def test_version() -> None:
+    done = vmdeck("--version")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, f"vmdeck {version('vmdeck')}\n", b"")
+
+
+def test_help_names_every_command() -> None:
+    done = vmdeck("--help")
+    assert done.returncode == 0
+    for command in (b"demo", b"run", b"doctor"):
+        assert command in done.stdout
+
+
+def test_the_formats_offered_are_the_loaders() -> None:
+    assert sorted(FORMATS) == sorted((loader.AUTO, *loader.FORMATS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ((), "COMMAND"),
+        (("walk",), "walk"),
+        (("run",), "IMAGE"),
+        (("demo", "--backend", "xen"), "xen"),
+        (("demo", "--wings"), "--wings"),
+        (("run", "x", "--format", "floppy"), "floppy"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(arguments: tuple[str, ...], why: str) -> None:
+    message = refused(*arguments)
+    assert why in message
+    assert message.count("\n") == 1
+    assert "--help" in message
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("size", "why"),
+    [
+        ("abc", "not a memory size"),
+        ("-1", "not a memory size"),
+        ("1.5G", "not a memory size"),
+        ("0", "at least 1 MiB"),
+        ("1K", "at least 1 MiB"),
+        ("2097153", "multiple of 4 KiB"),
+        ("1P", "more than this host has"),
+        ("99999999999999999999P", "more than this host has"),
+    ],
+)
+def test_memory_that_cannot_be(image: str, size: str, why: str) -> None:
+    assert why in refused("run", image, "--memory", size, *SOFTWARE)
+
+
+@pytest.mark.parametrize(
+    ("count", "why"),
+    [
+        ("abc", "not a number of VCPUs"),
+        ("1.5", "not a number of VCPUs"),
+        ("0", "1 to "),
+        ("-1", "1 to "),
+        ("10000", "1 to "),
+    ],
+)
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_vcpus_that_cannot_be(image: str, backend: str, count: str, why: str) -> None:
+    message = refused("run", image, "--vcpus", count, "--backend", backend, "--headless")
+    assert why in message
+    assert count in message
+
+
+@pytest.mark.parametrize("address", ["-1", "here", "0x1ffffffffffffffff"])
+def test_addresses_that_cannot_be(image: str, address: str) -> None:
+    assert "not a guest-physical address" in refused("run", image, f"--address={address}", *SOFTWARE)
+
+
+# Images
+
+
+def test_images_that_cannot_be_loaded(tmp_path: Path) -> None:
+    elf = bytearray(64)
+    elf[:6] = b"\x7fELF\x02\x01"
+    elf[16:20] = b"\x02\x00\xb7\x00"  # ET_EXEC, EM_AARCH64
+    elf[20] = 1
+    elf[52:54] = (64).to_bytes(2, "little")
+    files = {
+        "empty": (b"", "empty"),
+        "oversized": (bytes(3 << 20), "memory"),
+        "truncated": (b"\x7fELF\x02\x01\x01", ""),
+        "another machine's": (bytes(elf), "AArch64"),
+        "nothing known": (b"once upon a time", "--format"),
+    }
+    for name, (content, why) in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        flat = FLAT if name == "oversized" else ("--memory", "2M")
+        message = refused("run", str(path), *flat, *SOFTWARE)
+        assert name in message, "the message names the file"
+        assert why in message
+    assert "missing.bin" in refused("run", str(tmp_path / "missing.bin"), *SOFTWARE)
+    assert str(tmp_path) in refused("run", str(tmp_path), *SOFTWARE)
+
+
+# Backends. The real thing can be had: namespaces hide /dev/kvm, another user may not open it, and a library put
+# in front of libc's ioctl answers as a kernel does whose virtualisation VirtualBox holds.
+
+
+def in_namespace(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs root and unshare for a mount namespace")
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{script} && exec "$@"', "sh", *COMMAND, *arguments],
+        capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+
+
+EMPTY_DEV = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+
+
+@pytest.mark.kvm
+def test_no_dev_kvm(image: str) -> None:
+    done = in_namespace(EMPTY_DEV, "run", image, *FLAT, "--backend", "kvm", "--headless")
+    assert done.returncode == 2
+    assert done.stderr.startswith("vmdeck: /dev/kvm is not there")
+    assert "--backend software" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.kvm
+def test_auto_goes_on_in_software_without_dev_kvm(tmp_path: Path) -> None:
+    path = tmp_path / "guest.bin"
+    path.write_bytes(guests.print_and_exit(b"here", 1))
+    done = in_namespace(EMPTY_DEV, "run", str(path), *FLAT, "--headless")
+    assert (done.returncode, done.stdout) == (3, "here")
+    assert "software backend" in done.stderr
+    assert "vmdeck doctor" in done.stderr
+
+
+@pytest.mark.kvm
+def test_no_permission(image: str) -> None:
+    """Root may open anything, unless it gives up the right to."""
+    without_rights = "--bounding-set=-dac_override,-dac_read_search"
+    done = in_namespace(
+        f"{EMPTY_DEV} && mknod -m 000 /dev/kvm c 10 232 && set -- setpriv {without_rights} \"$@\"",
+        "run", image, *FLAT, "--backend", "kvm", "--headless",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("vmdeck: /dev/kvm may not be opened by this user")
+    assert "usermod" in done.stderr
+    assert "--backend software" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def interposed(folder: Path, request: str, error: str) -> str:
+    """A library whose ioctl fails like that for one KVM request, and is libc's for all others."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+    source, library = folder / "busy.c", folder / "busy.so"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <errno.h>\n#include <stdarg.h>\n#include <sys/syscall.h>\n#include <unistd.h>\n"
+        "#include <linux/kvm.h>\n"
+        "int ioctl(int fd, unsigned long request, ...) {\n"
+        "    va_list arguments; va_start(arguments, request);\n"
+        "    void *argument = va_arg(arguments, void *); va_end(arguments);\n"
+        f"    if (request == {request}) {{ errno = {error}; return -1; }}\n"
+        "    return syscall(SYS_ioctl, fd, request, argument);\n}\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True, timeout=LIMIT)
+    return str(library)
+
+
+@pytest.mark.kvm
+def test_kvm_is_busy(image: str, tmp_path: Path) -> None:
+    env = {**os.environ, "LD_PRELOAD": interposed(tmp_path, "KVM_CREATE_VM", "EBUSY")}
+    done = vmdeck("run", image, *FLAT, "--backend", "kvm", "--headless", env=env)
+    message = done.stderr.decode()
+    assert done.returncode == 2
+    assert message.startswith("vmdeck: KVM is busy: another hypervisor")
+    assert "--backend software" in message
+    assert "Traceback" not in message
+
+
+# The workstation
+
+
+def test_the_workstation_needs_a_terminal(image: str) -> None:
+    message = refused("run", image, *FLAT, "--backend", "software")
+    assert "needs a terminal" in message
+    assert "--headless" in message
+
+
+def test_the_workstation_needs_room(image: str) -> None:
+    with Terminal("run", image, *FLAT, "--backend", "software", columns=40, lines=10) as terminal:
+        assert terminal.wait() == 2
+        assert "too small: 40×10".encode() in terminal.seen
+        assert b"--headless" in terminal.seen
+        assert b"Traceback" not in terminal.seen
+
+
+def test_the_workstation_needs_more_than_a_dumb_terminal(image: str) -> None:
+    with Terminal("run", image, *FLAT, "--backend", "software", env={"TERM": "dumb"}) as terminal:
+        assert terminal.wait() == 2
+        assert b"TERM=dumb" in terminal.seen
+
+
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_the_workstation_opens_on_a_running_guest_and_q_quits(image: str, backend: str) -> None:
+    with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
+        terminal.expect(b"RUNNING")
+        terminal.type(b"q")
+        assert terminal.wait() == 0
+        assert terminal.is_sane()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_a_signal_ends_the_workstation(image: str, backend: str, number: signal.Signals) -> None:
+    with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
+        terminal.expect(b"RUNNING")
+        terminal.signal(number)
+        assert terminal.wait() == 128 + number
+        assert terminal.is_sane()
+        assert b"Traceback" not in terminal.seen
+
+
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_closing_the_terminal_ends_the_workstation(image: str, backend: str) -> None:
+    with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
+        terminal.expect(b"RUNNING")
+        terminal.hang_up()
+        assert terminal.process.wait(LIMIT) == 128 + signal.SIGHUP
+
+
+# The demo
+
+
+def test_the_console_script_is_installed() -> None:
+    script = Path(sys.executable).parent / "vmdeck"
+    if not script.exists():
+        pytest.skip("vmdeck is not installed here: pip install -e .")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=LIMIT)
+    assert done.stdout == f"vmdeck {version('vmdeck')}\n"
