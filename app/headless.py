@@ -126,7 +126,7 @@ class _Headless:
             if error.errno in (errno.EPIPE, errno.EIO):  # EIO: the terminal is gone
                 return False
             raise VmdeckError(
-                f"The guest's output can't be written to stdout: {error.strerror}. The guest was ended; try again elsewhere."
+                f"The guest's output can't be written to stdout: {error.strerror}. The guest was ended."
             ) from error
         del self._output[:count]
         return True
