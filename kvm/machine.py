@@ -390,9 +390,9 @@ class Machine:
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""
-        stood = [reply.outcome()() for reply in [vcpu.stop() for vcpu in self.vcpus]]
+        stood = [reply.outcome()() for reply in [vcpu.stop() for vcpu in self.vcpus if vcpu.running]]
         self._vm.drain(self.board.bus)
-        return (max(stood) - min(stood)) / 1000
+        return (max(stood) - min(stood)) / 1000 if stood else 0.0
 
     def _pause_for(self, operation: str) -> float:
         skew = self._stop_all()

@@ -121,7 +121,7 @@ class Memory:
             found.append(pages + region.first_page if region.first_page else pages)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:
+    def _by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:
         """Ascending page numbers split by region: the region, their numbers within it, their place in ``pages``."""
         for region in self.ram:
             last = region.first_page + len(region.pages)
@@ -129,9 +129,16 @@ class Memory:
             if stop > start:
                 yield region, pages[start:stop] - region.first_page, slice(int(start), int(stop))
 
-    def changed(self) -> None:
-        """Tell the backend that the host rewrote memory by way of the regions."""
+    def put_pages(self, pages: Pages, contents: NDArray[np.uint8], places: Pages) -> None:
+        """Fill the pages, ascending numbers, with ``contents[places]``; the dirty log doesn't learn of it."""
+        for region, local, part in self._by_region(pages):
+            self._vm.copy_pages(region.pages, local, contents, places[part])
         self._vm.memory_changed()
+
+    def get_pages(self, pages: Pages, contents: NDArray[np.uint8], places: Pages) -> None:
+        """The other way round: ``contents[places]`` from the pages."""
+        for region, local, part in self._by_region(pages):
+            self._vm.copy_pages(contents, places[part], region.pages, local)
 
     def _spans(self, address: int, size: int, doing: str) -> Iterable[tuple[Region, int, int]]:
         end = address + size

@@ -144,6 +144,15 @@ class Vm(Protocol):
     def dirty_pages(self, slot: int) -> NDArray[np.int64]:
         """The slot's page numbers (ascending, from 0) that the guest wrote since the last call; forgets them."""
 
+    def copy_pages(
+        self,
+        to: NDArray[np.uint8],
+        to_pages: NDArray[np.int64],
+        source: NDArray[np.uint8],
+        source_pages: NDArray[np.int64],
+    ) -> None:
+        """``to[to_pages] = source[source_pages]`` for arrays of 4096-byte pages, as fast as this backend can."""
+
     def memory_changed(self) -> None:
         """The host has written guest memory: drop what was derived from it (translated code). All VCPUs stopped."""
 

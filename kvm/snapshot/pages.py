@@ -1,7 +1,7 @@
 """The pages that checkpoints hold: each differing page once, whatever number of checkpoints it belongs to.
 
 A checkpoint's memory is an *index*: for every RAM page the number of its content in the store. So a checkpoint
-costs its changed pages and 4 bytes a page, and going back copies only pages that are dirty or whose index differs.
+costs its changed pages and 8 bytes a page, and going back copies only pages that are dirty or whose index differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvm.backends.interface import PAGE_SIZE
 from kvm.memory import Memory, Pages
 
-Index = NDArray[np.int32]
+Index = NDArray[np.int64]
 
 _ZERO = 0
 """The store's content 0 is the zero page: most of a young guest's memory."""
@@ -38,14 +38,13 @@ class PageStore:
         if self._base is None:
             self._memory.start_log()
             self._memory.dirty_pages()
-            base: Index = np.zeros(self._memory.page_count, np.int32)
+            base: Index = np.zeros(self._memory.page_count, np.int64)
             pages = self._non_zero()
         else:
             base, pages = self._base, self._collect()
         index = base.copy()
         slots = self._allocate(len(pages))
-        for region, local, part in self._memory.by_region(pages):
-            self._contents[slots[part]] = region.pages[local]
+        self._memory.get_pages(pages, self._contents, slots)
         index[pages] = slots
         self._settle(index)
         return index, len(pages)
@@ -57,10 +56,7 @@ class PageStore:
         if index is not self._base:
             pages = np.union1d(pages, np.flatnonzero(index != self._base))
         if len(pages):
-            slots = index[pages]
-            for region, local, part in self._memory.by_region(pages):
-                region.pages[local] = self._contents[slots[part]]
-            self._memory.changed()
+            self._memory.put_pages(pages, self._contents, index[pages])
         self._settle(index)
         return len(pages)
 
@@ -87,7 +83,7 @@ class PageStore:
         ]
         return np.concatenate(found)
 
-    def _allocate(self, count: int) -> NDArray[np.int32]:
+    def _allocate(self, count: int) -> Pages:
         """Places for ``count`` contents: freed ones first."""
         reused = min(count, len(self._free))
         fresh = count - reused
@@ -98,4 +94,4 @@ class PageStore:
         places = [self._free.pop() for _ in range(reused)]
         places += range(self._used, self._used + fresh)
         self._used += fresh
-        return np.array(places, np.int32)
+        return np.array(places, np.int64)

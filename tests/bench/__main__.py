@@ -17,7 +17,7 @@ from pathlib import Path
 from kvm import sync
 from kvm.backends.kernel.system import KernelSystem
 from kvm.machine import Activity, Machine
-from tests.kvm.machines import COUNT, HLT, ORIGIN, build, until
+from tests.kvm.machines import COUNT, HLT, build, until
 
 HERE = Path(__file__).parent
 MEMORY = 128 << 20
@@ -86,7 +86,7 @@ def restore() -> None:
             for count in (10, 1000):
 
                 def touch(count: int = count) -> None:
-                    m.edit(0, "rip", ORIGIN)
+                    m.restore(checkpoint)
                     m.edit(0, "rcx", count)
                     m.run()
                     until(lambda: m.view(0).activity is Activity.HALTED)
@@ -109,7 +109,7 @@ def reset() -> None:
 def pio() -> None:
     """A port write served by a Python device against a bare exit."""
     bare = floor("pio")["exit"]
-    code = bytes.fromhex("66 40 e6 f5 eb fa")  # inc eax; out 0xf5, al (nobody's port); jmp back
+    code = bytes.fromhex("66 40 e6 99 eb fa")  # inc eax; out 0x99, al (nobody's port); jmp back
     with machine(code) as m:
         m.run()
         until(lambda: count(m) > 1000)

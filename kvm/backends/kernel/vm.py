@@ -16,6 +16,7 @@ from kvm.backends.interface import PAGE_SIZE, Bus, VcpuFd
 from kvm.backends.kernel.batch import Batches
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
+from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.vcpu import KernelVcpuFd
 from kvm.x86.substates import Substate
 
@@ -126,6 +127,15 @@ class KernelVm:
             count = lib.vd_dirty_pages(self._fd.number, slot, at.bitmap, len(at.bitmap), out)
             self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
             return at.numbers[:count].copy()
+
+    def copy_pages(
+        self,
+        to: NDArray[np.uint8],
+        to_pages: NDArray[np.int64],
+        source: NDArray[np.uint8],
+        source_pages: NDArray[np.int64],
+    ) -> None:
+        copy_pages(to, to_pages, source, source_pages)
 
     def memory_changed(self) -> None:
         """Nothing to do: KVM's page tables follow the host's, and it keeps no translated code."""
