@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _IO = struct.Struct("<BBHIQ")  # kvm_run.io: direction, size, port, count, data_offset
 _MMIO = struct.Struct("<QQIB")  # kvm_run.mmio: phys_addr, data, len, is_write
-_VALUE = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I")}
+_UNPACK = {size: struct.Struct(code).unpack_from for size, code in ((1, "<B"), (2, "<H"), (4, "<I"))}
 _MASK = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _MMIO_DATA = UNION + 8
 
@@ -95,29 +95,26 @@ class KernelVcpuFd:
         self._check_owner()
         if self._owner is None:
             self.bind()
-        vcpu, fd = self.mapping, self._fd
-        page = ffi.buffer(lib.vd_vcpu_page(vcpu), self._vm.system.mmap_size)
-        vd_run, kicked, waits = lib.vd_run, lib.VD_KICKED, lib.VD_RING_WAITS
-        unpack_io = _IO.unpack_from
+        vcpu, system = self.mapping, self._vm.system
+        page = ffi.buffer(lib.vd_vcpu_page(vcpu), system.mmap_size)
+        vd_run, unpack_io, port_out = lib.vd_run, _IO.unpack_from, bus.port_out
         while True:
             reason = vd_run(vcpu)
-            if fd.traced:
-                fd.note("KVM_RUN")
-            if reason & waits and reason > 0:
+            if system.trace is not None:
+                self._fd.note("KVM_RUN")
+            if reason > 0 and reason & lib.VD_RING_WAITS:
                 # What this VCPU wrote before this exit comes before it.
                 self._vm.drain(bus)
-                reason &= ~waits
+                reason &= ~lib.VD_RING_WAITS
             if reason == _EXIT_IO:
                 direction, size, port, count, offset = unpack_io(page, UNION)
-                value = _VALUE[size]
-                for place in range(offset, offset + size * count, size):  # count > 1: a string instruction
-                    if direction:
-                        bus.port_out(port, size, value.unpack_from(page, place)[0])
-                    else:
-                        value.pack_into(page, place, bus.port_in(port, size) & _MASK[size])
+                if direction and count == 1:  # by far the most frequent
+                    port_out(port, size, _UNPACK[size](page, offset)[0])
+                else:
+                    _serve_io(page, bus)
             elif reason == _EXIT_MMIO:
                 _serve_mmio(page, bus)
-            elif reason == kicked:
+            elif reason == lib.VD_KICKED:
                 return Exit(ExitKind.KICKED)
             elif reason < 0:
                 raise KvmError("KVM_RUN", -reason, vcpu=self.index)
@@ -167,6 +164,16 @@ class KernelVcpuFd:
                 f"VCPU {self.index} belongs to thread {self._owner}, not to {threading.get_ident()} "
                 f"({threading.current_thread().name})"
             )
+
+
+def _serve_io(page: Any, bus: Bus) -> None:
+    """A string instruction comes as ``count`` pieces of ``size`` bytes."""
+    direction, size, port, count, offset = _IO.unpack_from(page, UNION)
+    for place in range(offset, offset + size * count, size):
+        if direction:
+            bus.port_out(port, size, _UNPACK[size](page, place)[0])
+        else:
+            page[place : place + size] = (bus.port_in(port, size) & _MASK[size]).to_bytes(size, "little")
 
 
 def _serve_mmio(page: Any, bus: Bus) -> None:

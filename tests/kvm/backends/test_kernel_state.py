@@ -1,0 +1,298 @@
+"""The kernel backend moves state: batches, their errors, memory slots and dirty pages. On the real /dev/kvm."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvm.backends.interface import PAGE_SIZE, ExitKind
+from kvm.backends.kernel.pages import copy_pages
+from kvm.backends.kernel.system import KernelSystem
+from kvm.errors import KvmError, SubstateError
+from kvm.x86 import msrs
+from kvm.x86.structs import ClockData, PitState2, Regs, pack_msrs, unpack_msrs
+from kvm.x86.substates import Substate, machine_table
+from tests.kvm.backends.real import STOP, Guest, Running
+
+pytestmark = pytest.mark.kvm
+
+LSTAR, CSTAR, SYSENTER_CS = 0xC0000082, 0xC0000083, 0x174
+NO_MSR = 0x12345678
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    system = KernelSystem()
+    built = Guest(system, STOP)
+    yield built
+    built.close()
+    system.close()
+
+
+def _settled(row: Substate, raw: bytes) -> object:
+    """What of a substate stands still while nothing runs: not the TSC."""
+    if row.put == "KVM_SET_MSRS":
+        return {index: value for index, value in unpack_msrs(raw).items() if index != msrs.TSC}
+    return raw
+
+
+def test_every_row_comes_back_as_it_was_put(guest: Guest) -> None:
+    rows = guest.table.get_order
+    first = dict(zip(rows, guest.vcpu.get(rows), strict=True))
+    for row, raw in first.items():
+        assert len(raw) == len(row.template), row.name
+    guest.vcpu.put([(row, first[row]) for row in guest.table.put_order if row in first])
+    for row, raw in zip(rows, guest.vcpu.get(rows), strict=True):
+        assert _settled(row, raw) == _settled(row, first[row]), row.name
+
+
+def test_a_batch_writes_each_row_its_own_bytes(guest: Guest) -> None:
+    by_name = guest.table.by_name
+    guest.vcpu.put(
+        [
+            (by_name["regs"], bytes(Regs(rbx=0x1122334455667788, rip=0x42, rflags=2))),
+            (replace(by_name["msrs"], template=pack_msrs([LSTAR])), pack_msrs({LSTAR: 0xAAAA, CSTAR: 0xBBBB})),
+            (by_name["mp_state"], (3).to_bytes(4, "little")),
+        ]
+    )
+    mp_state, regs, values = guest.vcpu.get([by_name["mp_state"], by_name["regs"], by_name["msrs"]])
+    assert mp_state == b"\3\0\0\0"
+    assert Regs.from_buffer_copy(regs).rbx == 0x1122334455667788
+    assert unpack_msrs(values)[LSTAR] == 0xAAAA
+    assert unpack_msrs(values)[CSTAR] == 0xBBBB
+
+
+def test_an_empty_batch(guest: Guest) -> None:
+    assert guest.vcpu.get([]) == []
+    guest.vcpu.put([])
+
+
+def test_the_machines_own_substates(guest: Guest) -> None:
+    rows = machine_table(guest.system.caps)
+    raw = dict(zip([row.name for row in rows], guest.vm.get(rows), strict=True))
+    assert [raw[name][0] for name in ("pic_master", "pic_slave", "ioapic")] == [0, 1, 2]
+    pit = PitState2.from_buffer_copy(raw["pit"])
+    pit.channels[2].count = 0x1234
+    by_name = {row.name: row for row in rows}
+    far = ClockData(clock=10**15)
+    guest.vm.put([(by_name["pit"], bytes(pit)), (by_name["clock"], bytes(far))])
+    again, clock = guest.vm.get([by_name["pit"], by_name["clock"]])
+    assert PitState2.from_buffer_copy(again).channels[2].count == 0x1234
+    assert ClockData.from_buffer_copy(clock).clock >= 10**15
+
+
+# What fails
+
+
+@pytest.mark.parametrize("how", ["get", "put"])
+def test_an_msr_that_the_kernel_refuses_is_named(guest: Guest, how: str) -> None:
+    """Firecracker 602a2108e: KVM moves those before it and reports no error."""
+    by_name = guest.table.by_name
+    before, after = by_name["regs"], by_name["mp_state"]
+    wanted = pack_msrs({LSTAR: 0x77, NO_MSR: 0x55, SYSENTER_CS: 0x66})
+    row = replace(by_name["msrs"], template=wanted)
+    state = guest.get("mp_state")
+    put = [(before, bytes(Regs(rax=0x99, rflags=2))), (row, wanted), (after, (3).to_bytes(4, "little"))]
+    with pytest.raises(SubstateError) as failed:
+        _ = guest.vcpu.get([before, row, after]) if how == "get" else guest.vcpu.put(put)  # type: ignore[func-returns-value]
+    error = failed.value
+    assert (error.substate, error.moved, error.vcpu) == ("msrs", 1, 0)
+    assert error.ioctl == ("KVM_GET_MSRS" if how == "get" else "KVM_SET_MSRS")
+    assert hex(NO_MSR) in str(error)
+    assert ("0x55" in str(error)) is (how == "put")
+    if how == "put":
+        values = unpack_msrs(guest.get("msrs"))
+        assert guest.regs().rax == 0x99
+        assert values[LSTAR] == 0x77
+        assert values[SYSENTER_CS] == 0
+        assert guest.get("mp_state") == state
+
+
+def test_a_refused_struct_says_which_and_why(guest: Guest) -> None:
+    with pytest.raises(SubstateError, match=r"VCPU 0: KVM_SET_MP_STATE \(mp_state\) failed: EINVAL") as failed:
+        guest.put("mp_state", (99).to_bytes(4, "little"))
+    assert (failed.value.errno, failed.value.moved) == (errno.EINVAL, 0)
+
+
+def test_a_struct_too_short_is_refused_before_anything_is_written(guest: Guest) -> None:
+    """The kernel would read on, past its end."""
+    by_name = guest.table.by_name
+    regs = guest.get("regs")
+    for name, raw in (
+        ("sregs", guest.get("sregs")[:-1]),
+        ("msrs", (1000).to_bytes(8, "little") + bytes(16)),
+        ("cpuid", (2).to_bytes(8, "little") + bytes(40)),
+        ("msrs", b""),
+    ):
+        with pytest.raises(SubstateError) as failed:
+            guest.vcpu.put([(by_name["regs"], bytes(Regs(rax=1, rflags=2))), (by_name[name], raw)])
+        assert (failed.value.substate, failed.value.moved) == (name, 0)
+    assert guest.get("regs") == regs
+
+
+def test_an_xsave_area_from_a_smaller_processor_is_filled_up(guest: Guest) -> None:
+    row = guest.table.by_name["xsave"]
+    raw = bytearray(guest.get("xsave"))
+    raw[160:168] = b"vmdeck!!"  # XMM0
+    raw[512:520] = (3).to_bytes(8, "little")  # XSTATE_BV: x87 and SSE
+    guest.vcpu.put([(row, bytes(raw[:1024]))])
+    assert guest.get("xsave")[160:168] == b"vmdeck!!"
+
+
+def test_numbers_by_value_and_tolerated_failures(guest: Guest) -> None:
+    row = Substate(
+        "tsc_khz", "KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ", guest.table.by_name["regs"].level, "", bytes(4),
+        by_value=True, tolerated=True,
+    )  # fmt: skip
+    (khz,) = guest.vcpu.get([row])
+    assert int.from_bytes(khz, "little") > 100_000
+    guest.vcpu.put([(row, khz)])
+    impossible = (1).to_bytes(4, "little")
+    regs = (guest.table.by_name["regs"], bytes(Regs(rax=0x5555, rflags=2)))
+    guest.vcpu.put([(row, impossible), regs])
+    assert guest.regs().rax == 0x5555
+    with pytest.raises(SubstateError, match="tsc_khz"):
+        guest.vcpu.put([(replace(row, tolerated=False), impossible)])
+
+
+# Who may
+
+
+def test_another_thread_may_not_touch_the_state(guest: Guest) -> None:
+    row = guest.table.by_name["regs"]
+    raw = guest.get("regs")
+    refused: list[str] = []
+
+    def intrude() -> None:
+        attempts: tuple[Callable[[], object], ...] = (
+            lambda: guest.vcpu.get([row]),
+            lambda: guest.vcpu.put([(row, raw)]),
+            lambda: guest.vcpu.run(guest.bus),
+            lambda: guest.vm.nmi(guest.vcpu),
+        )
+        for attempt in attempts:
+            try:
+                attempt()
+            except AssertionError as error:
+                refused.append(str(error))
+        guest.vcpu.kick()
+        guest.vcpu.request_sample()
+        guest.vcpu.sample()
+        guest.vcpu.waiting()
+
+    guest.vcpu.bind()
+    thread = threading.Thread(target=intrude, name="intruder")
+    thread.start()
+    thread.join()
+    assert len(refused) == 4
+    assert all("VCPU 0" in message and "intruder" in message for message in refused)
+
+
+def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None:
+    by_name = guest.table.by_name
+    rows = [by_name["regs"], by_name["mp_state"]]
+    here = threading.get_ident()
+    guest.system.trace = trace = []
+    raw = guest.vcpu.get(rows)
+    guest.vcpu.put(list(zip(rows, raw, strict=True)))
+    guest.vm.irq_line(3, False)
+    guest.vm.get(machine_table(guest.system.caps)[:1])
+    guest.run()
+    guest.system.trace = None
+    guest.vcpu.get(rows)
+    assert [(call.ioctl, call.substate, call.vcpu, call.thread) for call in trace] == [
+        ("KVM_GET_REGS", "regs", 0, here),
+        ("KVM_GET_MP_STATE", "mp_state", 0, here),
+        ("KVM_SET_REGS", "regs", 0, here),
+        ("KVM_SET_MP_STATE", "mp_state", 0, here),
+        ("KVM_IRQ_LINE", "", None, here),
+        ("KVM_GET_IRQCHIP", "pic_master", None, here),
+        ("KVM_RUN", "", 0, here),  # port 0xf4
+        ("KVM_RUN", "", 0, here),  # the kick
+    ]
+    guest.system.trace = trace = []
+    with Running(guest) as running:
+        guest.vcpu.kick()
+        running.ended()
+    assert [call.ioctl for call in trace] == ["KVM_RUN"]
+    assert trace[0].thread != here
+
+
+# Memory
+
+
+def test_dirty_pages_of_two_slots(guest: Guest) -> None:
+    """Firecracker #5705: each slot counts from its own start."""
+    high = mmap.mmap(-1, 0x10000)
+    guest.vm.set_memory(0, 0, guest.memory, log_dirty=True)
+    guest.vm.set_memory(1, 0x20000, high, log_dirty=True)
+    # mov [0x5000],al; mov [0x3000],al; mov ax,0x2000; mov ds,ax; mov [0x7000],al
+    guest.memory[0x1000:0x1012] = bytes.fromhex("a2 00 50 a2 00 30 b8 00 20 8e d8 a2 00 70") + STOP
+    assert guest.run().kind is ExitKind.KICKED
+    assert guest.vm.dirty_pages(0).tolist() == [3, 5]
+    assert guest.vm.dirty_pages(1).tolist() == [7]
+    assert guest.vm.dirty_pages(0).tolist() == guest.vm.dirty_pages(1).tolist() == []
+    guest.put("regs", bytes(Regs(rip=0x1000, rflags=2)))
+    sregs = guest.sregs()
+    sregs.ds.base = sregs.ds.selector = 0
+    guest.put("sregs", bytes(sregs))
+    guest.run()
+    assert guest.vm.dirty_pages(0).tolist() == [3, 5]  # caught again after they were taken
+
+
+def test_a_log_that_was_never_asked_for(guest: Guest) -> None:
+    with pytest.raises(KvmError, match=r"KVM_GET_DIRTY_LOG \(slot 0\)"):
+        guest.vm.dirty_pages(0)
+
+
+def test_writes_to_read_only_memory_go_to_the_bus(guest: Guest) -> None:
+    rom = mmap.mmap(-1, 0x1000)
+    rom[0] = 0x42
+    guest.vm.set_memory(1, 0x20000, rom, readonly=True)
+    # mov ax,0x2000; mov ds,ax; mov al,[0]; mov [1],al
+    guest.memory[0x1000:0x100F] = bytes.fromhex("b8 00 20 8e d8 a0 00 00 a2 01 00") + STOP
+    guest.run()
+    assert guest.bus.seen == [("write", 0x20001, 1, 0x42)]
+    assert rom[1] == 0
+    guest.vm.set_memory(1, 0x20000, rom, readonly=False)
+    guest.put("regs", bytes(Regs(rip=0x1000, rflags=2)))
+    guest.run()
+    assert rom[1] == 0x42
+
+
+def test_memory_that_kvm_refuses(guest: Guest) -> None:
+    with pytest.raises(KvmError, match="slot 7, 0x1000 bytes at 0x123"):
+        guest.vm.set_memory(7, 0x123, mmap.mmap(-1, 0x1000))
+
+
+def test_guest_memory_cannot_be_closed_under_the_guest() -> None:
+    system = KernelSystem()
+    guest = Guest(system, STOP)
+    with pytest.raises(BufferError):
+        guest.memory.close()
+    guest.close()
+    system.close()
+
+
+def test_copying_pages() -> None:
+    source = np.arange(5 * PAGE_SIZE, dtype=np.uint8).reshape(5, PAGE_SIZE) ^ np.arange(5, dtype=np.uint8)[:, None]
+    target = np.zeros((8, PAGE_SIZE), np.uint8)
+    copy_pages(target, np.array([7, 2]), source, np.array([4, 0]))
+    assert (target[7] == source[4]).all()
+    assert (target[2] == source[0]).all()
+    assert not target[[0, 1, 3, 4, 5, 6]].any()
+    copy_pages(target, None, source, np.array([3, 1]))
+    assert (target[:2] == source[[3, 1]]).all()
+    for bad in (np.array([5]), np.array([-1])):
+        with pytest.raises(IndexError):
+            copy_pages(target, None, source, bad)
+    with pytest.raises(IndexError):
+        copy_pages(target, np.array([8]), source, np.array([0]))
+    with pytest.raises(IndexError):
+        copy_pages(target, np.array([1, 2]), source, np.array([0]))
