@@ -28,7 +28,6 @@ FCR_ENABLE, FCR_CLEAR_RX = 0x01, 0x02
 LCR_DLAB = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 0x10
 LSR_READY, LSR_OVERRUN, LSR_THRE, LSR_IDLE = 0x01, 0x02, 0x20, 0x40
-LSR_ERRORS = 0x1E
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 FIFO_SIZE = 16
@@ -37,7 +36,7 @@ _PEER = MSR_DCD | MSR_DSR | MSR_CTS
 """The other end is always there and always ready."""
 _LOOPED = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
 
-_STATE = struct.Struct("<10B3?B16s")
+_STATE = struct.Struct("<12B16s")
 
 
 class Uart:
@@ -240,27 +239,29 @@ class Uart:
             return IIR_MODEM
         return IIR_NONE
 
+    def _level(self) -> bool:
+        """A PC gates the interrupt with OUT2, a pin that loopback turns off."""
+        return self._mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 and self._cause() != IIR_NONE
+
     def _update(self) -> None:
-        """Drive the interrupt line. A PC gates it with OUT2, a pin that loopback turns off."""
-        level = self._mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 and self._cause() != IIR_NONE
+        level = self._level()
         if level != self._line:
             self._line = level
             self._irq(level)
 
-    # State
+    # State: the registers, then the receiver, then the input that waits on the line
 
     def save(self) -> bytes:
         rx = bytes(self._rx)
         return _STATE.pack(
             self._ier, self._fcr, self._lcr, self._mcr, self._scr, self._dll, self._dlm,
-            self._errors, self._deltas, self._last,
-            self._thre_pending, self._timeout_pending, self._line, len(rx), rx,
+            self._errors, self._deltas, self._last, self._thre_pending, len(rx), rx,
         ) + bytes(self._input)  # fmt: skip
 
     def check(self, raw: bytes) -> None:
-        ier, fcr, _, mcr, *_, errors, deltas, _, _, _, _, count, rx = unpack(self.name, _STATE, raw[: _STATE.size])
+        ier, fcr, _, mcr, *_, errors, deltas, _, thre, count, rx = unpack(self.name, _STATE, raw[: _STATE.size])
         impossible = (
-            ier & ~0x0F or fcr & ~0xC1 or mcr & ~0x1F or errors & ~LSR_ERRORS or deltas & ~0x0F
+            ier & ~0x0F or fcr & ~0xC1 or mcr & ~0x1F or errors & ~LSR_OVERRUN or deltas & ~0x0F or thre > 1
             or (fcr and not fcr & FCR_ENABLE)
             or count > (FIFO_SIZE if fcr else 1) or any(rx[count:])
         )  # fmt: skip
@@ -271,9 +272,11 @@ class Uart:
         self.check(raw)
         (
             self._ier, self._fcr, self._lcr, self._mcr, self._scr, self._dll, self._dlm,
-            self._errors, self._deltas, self._last,
-            self._thre_pending, self._timeout_pending, self._line, count, rx,
+            self._errors, self._deltas, self._last, thre, count, rx,
         ) = _STATE.unpack(raw[: _STATE.size])  # fmt: skip
+        self._thre_pending = bool(thre)
         self._rx = deque(rx[:count])
         self._input = deque(raw[_STATE.size :])
+        self._timeout_pending = 0 < count < self._trigger()
+        self._line = self._level()
         self._irq(self._line)  # the interrupt controllers keep the levels of their inputs out of their saved state
