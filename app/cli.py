@@ -21,7 +21,6 @@ FAILED = 2
 """The exit code of everything that vmdeck refuses or that stops the guest for good."""
 
 FORMATS = ("auto", "elf", "multiboot", "bootsector", "firmware", "flat16", "flat32", "flat64")
-DEMO = Path(__file__).parent / "guests" / "demo.elf"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    return _start(options, DEMO, "auto", None)
+    from app import guests
+
+    return _start(options, guests.demo(), "auto", None)
 
 
 def _run(options: argparse.Namespace) -> int:

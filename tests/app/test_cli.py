@@ -275,3 +275,23 @@ def test_the_console_script_is_installed() -> None:
         pytest.skip("vmdeck is not installed here: pip install -e .")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=LIMIT)
     assert done.stdout == f"vmdeck {version('vmdeck')}\n"
+
+
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_the_demo_runs_headless(backend: str) -> None:
+    with Terminal("demo", "--headless", "--backend", backend, "--vcpus", "2", "--memory", "2M") as terminal:
+        terminal.expect(b"round 2 ")
+        terminal.type(b"help\r")
+        terminal.expect(b"help")
+        terminal.type(b"\x01x")
+        assert terminal.wait() == 0
+        assert terminal.is_sane()
+
+
+@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def test_the_demo_opens_the_workstation(backend: str) -> None:
+    with Terminal("demo", "--backend", backend, columns=120, lines=40) as terminal:
+        terminal.expect("│ 4 VCPUs │ 64 MiB".encode())
+        terminal.type(b"q")
+        assert terminal.wait() == 0
+        assert terminal.is_sane()
