@@ -32,7 +32,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(0, f"vmdeck {version('vmdeck')}\n")
+        print(f"vmdeck {version('vmdeck')}")
+        parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

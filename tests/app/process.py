@@ -12,9 +12,11 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
+
+import pyte
 
 COMMAND = (sys.executable, "-m", "app")
 LIMIT = 60.0
@@ -48,6 +50,8 @@ class Terminal:
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(self.slave)
         self.seen = b""
+        self._screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self._screen)
         self._open = True
         environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
         self.process = subprocess.Popen(
@@ -79,15 +83,25 @@ class Terminal:
 
     def expect(self, wanted: bytes) -> bytes:
         """Wait for these bytes; everything that came since the last ``expect``, up to and with them."""
-        deadline = time.monotonic() + LIMIT
-        while wanted not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-            data = os.read(self.master, 65536) if ready else b""
-            assert data, f"{wanted!r} did not come, only {self.seen!r}"
-            self.seen += data
+        self._read_until(lambda: wanted in self.seen, wanted)
         end = self.seen.index(wanted) + len(wanted)
         found, self.seen = self.seen[:end], self.seen[end:]
         return found
+
+    def shows(self, wanted: str) -> str:
+        """Wait until the screen has this text on it; the screen."""
+        self._read_until(lambda: wanted in "\n".join(self._screen.display), wanted)
+        return "\n".join(self._screen.display)
+
+    def _read_until(self, came: Callable[[], bool], wanted: object) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not came():
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            data = os.read(self.master, 65536) if ready else b""
+            screen = "\n".join(self._screen.display)
+            assert data, f"{wanted!r} did not come, only {self.seen[-200:]!r}; the screen:\n{screen}"
+            self.seen += data
+            self._stream.feed(data)
 
     def wait(self) -> int:
         """Read on until it ends; its exit code (negative: it died of that signal)."""

@@ -241,7 +241,7 @@ def test_the_workstation_needs_more_than_a_dumb_terminal(image: str) -> None:
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_the_workstation_opens_on_a_running_guest_and_q_quits(image: str, backend: str) -> None:
     with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
-        terminal.expect(b"RUNNING")
+        terminal.shows("RUNNING")
         terminal.type(b"q")
         assert terminal.wait() == 0
         assert terminal.is_sane()
@@ -251,7 +251,7 @@ def test_the_workstation_opens_on_a_running_guest_and_q_quits(image: str, backen
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_a_signal_ends_the_workstation(image: str, backend: str, number: signal.Signals) -> None:
     with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
-        terminal.expect(b"RUNNING")
+        terminal.shows("RUNNING")
         terminal.signal(number)
         assert terminal.wait() == 128 + number
         assert terminal.is_sane()
@@ -261,7 +261,7 @@ def test_a_signal_ends_the_workstation(image: str, backend: str, number: signal.
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_closing_the_terminal_ends_the_workstation(image: str, backend: str) -> None:
     with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
-        terminal.expect(b"RUNNING")
+        terminal.shows("RUNNING")
         terminal.hang_up()
         assert terminal.process.wait(LIMIT) == 128 + signal.SIGHUP
 
@@ -291,7 +291,8 @@ def test_the_demo_runs_headless(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_the_demo_opens_the_workstation(backend: str) -> None:
     with Terminal("demo", "--backend", backend, columns=120, lines=40) as terminal:
-        terminal.expect("│ 4 VCPUs │ 64 MiB".encode())
+        terminal.shows("VCPU 3 ")
+        terminal.shows("round 2 ")
         terminal.type(b"q")
         assert terminal.wait() == 0
         assert terminal.is_sane()
