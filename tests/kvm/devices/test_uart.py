@@ -318,6 +318,36 @@ def test_enabling_the_transmitter_interrupt_again_gives_another() -> None:
     assert wired.read(IIR) == 0x02
 
 
+def test_writing_the_enable_register_again_gives_no_transmitter_interrupt() -> None:
+    wired = Wired()
+    wired.write(IER, 2)
+    assert wired.read(IIR) == 0x02
+    wired.write(IER, 3)
+    assert wired.read(IIR) == 0x01
+
+
+@pytest.mark.parametrize(
+    ("steps", "status"),
+    [
+        ((), 0xB0),  # the other end is there
+        ((0x10,), 0x0B),  # loopback, all off: the three inputs fell
+        ((0x10, 0x1F), 0xFB),  # and rose; ring indicator's rise is no event
+        ((0x1F, 0x1B), 0xB4),  # but its fall is
+        ((0x11,), 0x29),  # DTR comes back as DSR
+        ((0x12,), 0x1A),  # RTS as CTS
+    ],
+)
+def test_modem_status(steps: tuple[int, ...], status: int) -> None:
+    wired = Wired()
+    wired.write(IER, 8)
+    for step in steps:
+        wired.write(MCR, step)
+    assert wired.read(IIR) == (0x00 if status & 0x0F else 0x01)
+    assert wired.read(MSR) == status
+    assert wired.read(MSR) == status & 0xF0
+    assert wired.read(IIR) == 0x01
+
+
 def test_interrupts_come_by_priority() -> None:
     wired = Wired()
     wired.write(MCR, LOOP)
