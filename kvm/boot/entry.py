@@ -117,9 +117,7 @@ class LongMode:
 
 def _flat(regs: Regs, sregs: Sregs | Sregs2, code: int, *, db: int = 0, l: int = 0) -> None:  # noqa: E741
     regs.rsp, regs.rflags, regs.rdx = layout.BOOT_STACK, _RFLAGS, 0
-    sregs.cs = Segment(
-        limit=_FLAT_LIMIT, selector=code, type=_EXECUTE_READ, present=1, s=1, g=1, db=db, l=l
-    )  # fmt: skip
+    sregs.cs = Segment(limit=_FLAT_LIMIT, selector=code, type=_EXECUTE_READ, present=1, s=1, g=1, db=db, l=l)
     for name in _DATA_SEGMENTS:
         flat = Segment(limit=_FLAT_LIMIT, selector=DATA, type=_READ_WRITE, present=1, s=1, g=1, db=1)
         setattr(sregs, name, flat)

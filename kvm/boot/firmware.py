@@ -39,6 +39,4 @@ def load_firmware(source: Source) -> BootImage:
     copy = source.data[-layout.BIOS_COPY :]
     address = layout.BIOS_END - len(copy)
     check_places(source, (Placed("the copy below 1 MiB", address, len(copy)),))
-    return BootImage(
-        source.path, "firmware", (Segment(address, copy, len(copy)),), source.data, ResetVector()
-    )  # fmt: skip
+    return BootImage(source.path, "firmware", (Segment(address, copy, len(copy)),), source.data, ResetVector())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,22 @@ def test_multiboot(system: System, tmp_path: Path) -> None:
     header = multiboot_header(3).ljust(16, b"\0")
     image = ElfImage(32, (Load(0x100000, header + MULTIBOOT),), entry=0x100010).build()
     assert exit_code(system, tmp_path, image, "auto") == MEMORY // 1024 - 1024
+
+
+@pytest.mark.parametrize("name", ["bios.bin", "bios-microvm.bin"])
+def test_seabios_finds_its_console_and_the_memory(system: System, name: str) -> None:
+    path = Path("/usr/share/seabios") / name
+    if not path.exists():
+        pytest.skip("needs Debian's package seabios")
+    with Machine(system, load(path, memory=MEMORY), MachineConfig(memory=MEMORY)) as machine:
+        machine.run()
+        console, seen, position = machine.board.debug_console, b"", 0
+        end = time.monotonic() + 30
+        while b"RamSize: 0x00400000 [cmos]" not in seen:
+            assert time.monotonic() < end, seen
+            machine.request_samples()  # the console's ports are coalesced: this hands their writes on
+            console.wait(position, 0.1)
+            output, position = console.since(position)
+            seen += output
+            assert machine.status.phase is Phase.RUNNING, (machine.status, seen)
+        assert seen.startswith(b"SeaBIOS (version ")
