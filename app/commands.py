@@ -50,8 +50,8 @@ COMMANDS = (
     Command(
         "show.forward", "pagedown", "scroll_console(-1)", "Scroll forward", "Newer output of the guest", footer=False
     ),
-    Command("app.help", "question_mark,f1", "help", "Help", "All keys"),
-    Command("app.leave", "q,ctrl+c", "leave", "Quit", "End the guest and leave"),
+    Command("app.help", "question_mark,f1", "help", "Help", "All keys", button=True),
+    Command("app.leave", "q,ctrl+c", "leave", "Quit", "End the guest and leave", button=True),
 )  # fmt: skip
 
 BINDINGS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from kvm.backends.interface import ExitKind
 from kvm.machine import Phase, Status
 from kvm.x86.disasm import disassemble
@@ -10,8 +12,7 @@ from widgets.line_pane import Line
 _WHAT = {
     ExitKind.SHUTDOWN: (
         "shut down: triple fault",
-        "An exception came while the processor was delivering a double fault; mostly the IDT, the stack or the page "
-        "tables are not what the guest believes.",
+        "An exception came while a double fault was being delivered. Look at the IDT, the stack and the page tables.",
     ),
     ExitKind.INTERNAL_ERROR: (
         "stopped: KVM can't go on",
@@ -26,7 +27,7 @@ _WHAT = {
 }
 
 
-def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: str) -> tuple[Line, ...]:
+def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: str, width: int) -> tuple[Line, ...]:
     """The banner's lines; none while the guest can run. ``code``: bytes at ``rip``. ``back``: what Back leads to."""
     if status.phase is Phase.EXITED:
         code_ = status.code or 0
@@ -38,21 +39,22 @@ def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: st
         return ()
     who = "The machine" if status.vcpu is None else f"VCPU {status.vcpu}"
     if status.exit is None:
-        return (
-            ((f" ■ {who} stopped", "bad strong"), (f": {status.reason}", "text")),
-            (("   ", ""), *_keys(back)),
-        )
+        return (((f" ■ {who} stopped", "bad strong"),), *_prose(status.reason, width), (("   ", ""), *_keys(back)))
     what, why = _WHAT.get(status.exit.kind, _WHAT[ExitKind.UNKNOWN])
-    lines: list[Line] = [((f" ■ {who} {what}", "bad strong"), (f"  {status.exit.detail}", "label"))]
+    lines: list[Line] = [((f" ■ {who} {what}", "bad strong"),)]
     raw = status.exit.insn or code
     if rip is not None and raw:
         insn = disassemble(raw, rip, bits)[0]
         lines.append(
-            (("   at ", "label"), (f"{rip:016x}", "rip"), (f"  {raw.hex(' ')}  ", "label"), (insn.text, "strong"))
+            (("   at ", "label"), (f"{rip:016x}", "rip"), (f"  {insn.text}", "strong"), (f"   {raw.hex(' ')}", "label"))
         )
-    lines.append(((f"   {why}", "text"),))
-    lines.append((("   ", ""), *_keys(back)))
-    return tuple(lines)
+    elif status.exit.detail:
+        lines += _prose(status.exit.detail, width)
+    return (*lines, *_prose(why, width), (("   ", ""), *_keys(back)))
+
+
+def _prose(text: str, width: int) -> list[Line]:
+    return [((f"   {line}", "text"),) for line in wrap(text, max(width - 4, 20))]
 
 
 def exit_code(value: int) -> int:

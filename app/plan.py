@@ -8,7 +8,9 @@ from widgets import vcpu_list, vcpu_pane
 
 MIN_COLUMNS, MIN_ROWS = 60, 16
 """Below this nothing useful fits."""
-_BESIDE = 110
+CONSOLE = 81
+"""Columns of a console that shows 80 of the guest's."""
+_BESIDE = CONSOLE + 1 + 38
 """From this width on the ledger and the checkpoints stand beside the console, below it all three share one place."""
 
 
@@ -20,7 +22,8 @@ class Plan:
     across: int
     down: int
     pane_rows: int
-    beside: bool
+    side: int
+    """Columns of the ledger and the checkpoints beside the console; 0 where all three share one place."""
 
     @property
     def panes(self) -> int:
@@ -34,7 +37,7 @@ class Plan:
 
 def plan(columns: int, rows: int, vcpus: int) -> Plan:
     """Share out ``columns`` × ``rows`` cells between the VCPUs and, at least 30 % of the rows, what is below them."""
-    beside = columns >= _BESIDE
+    side = min(columns * 42 // 100, columns - CONSOLE - 1) if columns >= _BESIDE else 0
     room = rows - max(4, rows * 3 // 10)
     widths = {
         across: (columns + 1) // across - 1 for across in range(1, max(columns // (vcpu_pane.MIN_WIDTH + 1), 1) + 1)
@@ -51,7 +54,7 @@ def plan(columns: int, rows: int, vcpus: int) -> Plan:
     ]
     if full:
         across = min(full)[2]
-        return Plan(0, across, down(across), vcpu_pane.heights(widths[across])[1], beside)
+        return Plan(0, across, down(across), vcpu_pane.heights(widths[across])[1], side)
 
     # The registers of every VCPU.
     compact = [
@@ -61,7 +64,7 @@ def plan(columns: int, rows: int, vcpus: int) -> Plan:
     ]
     if compact:
         across = min(compact)[1]
-        return Plan(0, across, down(across), room // down(across), beside)
+        return Plan(0, across, down(across), room // down(across), side)
 
     # All VCPUs in a list, and panes for as many as fit.
     list_rows = min(vcpu_list.rows(vcpus, columns), max(room // 3, 2)) if vcpus > 1 else 0
@@ -72,5 +75,5 @@ def plan(columns: int, rows: int, vcpus: int) -> Plan:
     )
     if best[0]:
         _, width, across = best
-        return Plan(list_rows, across, room // vcpu_pane.heights(width)[1], vcpu_pane.heights(width)[1], beside)
-    return Plan(list_rows, 1, 1, room, beside)
+        return Plan(list_rows, across, room // vcpu_pane.heights(width)[1], vcpu_pane.heights(width)[1], side)
+    return Plan(list_rows, 1, 1, room, side)

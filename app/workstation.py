@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from textual import events, work
 from textual.app import App, ComposeResult, SystemCommand
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical
+from textual.geometry import Size
 from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Button, Footer
@@ -58,7 +59,10 @@ class _Operation:
 
 
 class Workstation(App[int]):
-    """Runs until a person quits; ``return_value`` and ``return_code`` are the exit code. Closing the machine is the caller's part."""
+    """Runs until a person quits; ``return_value`` and ``return_code`` are the process's exit code.
+
+    The machine stays the caller's: to be run before, to be closed after.
+    """
 
     CSS_PATH = "workstation.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [*BINDINGS]
@@ -82,6 +86,8 @@ class Workstation(App[int]):
         self.machine = machine
         self.title = title or Path(machine.image.path).name
         self.selected = 0
+        self._laid_out = False
+        self._cells = Size(80, 24)
         self._place = "console"
         """What is shown in the place that console, ledger and checkpoints share on a small terminal."""
         self._changes = [Changes() for _ in machine.vcpus]
@@ -114,13 +120,14 @@ class Workstation(App[int]):
             with Vertical(id="side"):
                 yield LedgerPane(id="ledger")
                 yield CheckpointsPane(id="checkpoints")
-        yield Footer(show_command_palette=False)
+        yield Footer(show_command_palette=False, compact=True)
         yield TooSmall(plan.MIN_COLUMNS, plan.MIN_ROWS)
 
     def on_mount(self) -> None:
         self.register_theme(VMDECK)
         self.theme = VMDECK.name
         self._main = self.screen
+        self._laid_out = True
         self._arrange()
         self.machine.subscribe(self._hear)
         self.set_interval(1 / RATE, self._tick)
@@ -134,11 +141,13 @@ class Workstation(App[int]):
     # Layout
 
     def on_resize(self, event: events.Resize) -> None:
-        self._arrange()
-        self.call_after_refresh(self._draw)
+        self._cells = event.size
+        if self._laid_out:  # the first one comes before the widgets are there
+            self._arrange()
+            self.call_after_refresh(self._draw)
 
     def _arrange(self) -> None:
-        columns, rows = self.size
+        columns, rows = self._cells
         too_small = columns < plan.MIN_COLUMNS or rows < plan.MIN_ROWS
         self._main.set_class(too_small, "-too-small")
         if too_small:
@@ -154,8 +163,9 @@ class Workstation(App[int]):
             pane_rows=shares.pane_rows,
             panes=min(shares.panes, count),
         )
-        self._main.set_class(not shares.beside, "-tabbed")
-        self._share_place(shares.beside)
+        self._main.set_class(not shares.side, "-tabbed")
+        self.query_one("#side").styles.width = shares.side or "100%"
+        self._share_place(shares.side > 0)
 
     def _share_place(self, beside: bool) -> None:
         console, ledger = self.query_one(ConsolePane), self.query_one(LedgerPane)
@@ -257,10 +267,15 @@ class Workstation(App[int]):
         status = self.machine.status
         machine = self.machine
         count = len(machine.vcpus)
+        if status is not self._last_status:
+            self._last_status = status
+            self._draw_banner(status)
+            self._draw_buttons()
+            self.refresh_bindings()
         self.query_one(StatusLine).show(
             StatusValues(
                 phase=status.phase.value,
-                reason=status.reason,
+                reason="" if self.query_one(Banner).content else status.reason,
                 facts=(
                     self.title,
                     machine.system.name,
@@ -271,11 +286,6 @@ class Workstation(App[int]):
                 error=self._error,
             )
         )
-        if status is not self._last_status:
-            self._last_status = status
-            self._draw_banner(status)
-            self._draw_buttons()
-            self.refresh_bindings()
 
     def _draw_banner(self, status: Status) -> None:
         rip, bits, code = None, 64, b""
@@ -290,7 +300,11 @@ class Workstation(App[int]):
         banner = self.query_one(Banner)
         banner.set_class(status.phase is Phase.EXITED, "-exited")
         before = len(banner.content)
-        banner.show(explain(status, rip=rip, bits=bits, code=code, back=newest[0].name if newest else ""))
+        banner.show(
+            explain(
+                status, rip=rip, bits=bits, code=code, back=newest[0].name if newest else "", width=self._cells.width
+            )
+        )
         if len(banner.content) != before:
             self._arrange()
             self.call_after_refresh(self._draw)
@@ -460,6 +474,10 @@ class Workstation(App[int]):
         code = exit_code(status.code or 0) if status.phase is Phase.EXITED else 0
         self.exit(code, return_code=code)
 
+    def get_key_display(self, binding: Binding) -> str:
+        shown = super().get_key_display(binding)
+        return shown.upper() if shown[:1] == "f" and shown[1:].isdigit() else shown
+
     async def action_quit(self) -> None:
         self.action_leave()
 
@@ -497,5 +515,5 @@ def _moved(record: Record) -> str:
     ):
         names = list(dict.fromkeys(name for row in rows for name in row))
         if names:
-            words.append(f"{verb} {' '.join(names)}")
-    return ", ".join(words) or "nothing to move"
+            words.append(f"{verb} {len(names)}: {' '.join(names)}")
+    return "; ".join(words) or "moved nothing"

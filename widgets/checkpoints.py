@@ -41,8 +41,8 @@ class CheckpointsPane(LinePane, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False, id="checkpoints.up"),
         Binding("down,j", "move(1)", "Down", show=False, id="checkpoints.down"),
-        Binding("enter", "choose", "Restore this", id="checkpoints.restore"),
-        Binding("delete,d", "forget", "Forget", id="checkpoints.forget"),
+        Binding("enter", "choose", "Restore", id="checkpoints.restore"),
+        Binding("delete,d", "forget", "Forget", show=False, id="checkpoints.forget"),
     ]
 
     class Chosen(Message):
@@ -133,9 +133,3 @@ class CheckpointsPane(LinePane, can_focus=True):
             self.redraw()
             if event.chain == 2:
                 self.action_choose()
-
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()

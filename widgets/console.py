@@ -92,14 +92,14 @@ class ConsolePane(LinePane, can_focus=True):
         return self._terminals[self.shown]
 
     def write(self, source: int, data: bytes) -> None:
-        """Output of the guest. The first source to say something is the one shown, until a person chooses."""
+        """Output of the guest. Until a person chooses, the first source that has said something is shown."""
         if not data:
             return
         terminal = self._terminals[source]
         before = terminal.scrollback
         terminal.feed(data)
-        if source != self.shown and not self._chosen and not any(self.terminal.text()):
-            self.shown = source
+        if not self._chosen and (source < self.shown or not any(self.terminal.text())):
+            self.shown, self._back, self._unseen[source] = source, 0, 0
         if source != self.shown:
             self._unseen[source] += len(data)
         elif self._back:
@@ -146,10 +146,10 @@ class ConsolePane(LinePane, can_focus=True):
             elif self._unseen[index] or len(self._terminals[index].text()[0]):
                 left.append((f" {name} +{self._unseen[index]} ", "dim"))
         right: list[list[Span]] = []
-        if self.has_focus:
-            right.append([("typing goes to the guest, F2 leaves", "accent")])
         if self._back:
             right.append([(f"{self._back} lines back", "warn")])
+        if self.has_focus:
+            right.append([("typing goes to the guest, F2 leaves", "accent")])
         if self.others and not self.has_focus:
             right.append([(self.others, "label")])
         return bar(left, right, width, base)
@@ -157,7 +157,7 @@ class ConsolePane(LinePane, can_focus=True):
     def _style(self, names: str) -> Style:
         if names.startswith("guest:"):
             style, _, extra = names.partition(" ")
-            return self.rich_style + _rich_style(style) + (Style(reverse=True) if extra else Style())
+            return self._style(extra) + _rich_style(style)
         return super()._style(names)
 
     def check_consume_key(self, key: str, character: str | None) -> bool:
@@ -179,12 +179,6 @@ class ConsolePane(LinePane, can_focus=True):
             self._back = 0
             self.redraw()
         self.post_message(self.Typed(data))
-
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         event.stop()

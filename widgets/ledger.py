@@ -9,7 +9,7 @@ from typing import ClassVar
 from textual import events
 from textual.binding import Binding, BindingType
 
-from widgets.line_pane import Line, LinePane, Span, bar, cut
+from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,6 @@ class LedgerPane(LinePane, can_focus=True):
         skip = 0 if self._top is None else max(self.entries[0].number - self._top, 0)
         return [*lines, *(_row(entry, width) for entry in self.entries[skip : skip + height - 1])]
 
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()
-
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         event.stop()
         self.action_scroll_by(-3)
@@ -104,15 +98,16 @@ _LEVEL_STYLES = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
 
 
 def _row(entry: LedgerEntry, width: int) -> Line:
-    spans: list[Span] = [
-        (f" {entry.clock} ", "dim"),
-        (f"{cut(entry.hook, 15):<15} ", "text"),
-        (f"{entry.level or '·':<7} ", _LEVEL_STYLES.get(entry.level, "dim")),
-        (f"{entry.vcpus:>2}× ", "label"),
-        (f"{entry.ioctls:>4} ioctl ", "label"),
-        (f"{duration(entry.microseconds)} ", "strong"),
-    ]
-    if width >= 72:
+    spans: list[Span] = [(" ", "")]
+    if width >= 48:
+        spans.append((f"{entry.clock if width >= 100 else entry.clock[:8]} ", "dim"))
+    spans.append((f"{entry.hook:<14} " if width >= 60 else f"{entry.hook.removeprefix('all_'):<10} ", "text"))
+    spans.append((f"{entry.level or '·':<7} ", _LEVEL_STYLES.get(entry.level, "dim")))
+    if width >= 48:
+        spans.append((f"{entry.vcpus:>2}× ", "label"))
+    spans.append((f"{entry.ioctls:>3} {'ioctls' if width >= 60 else 'io'} ", "label"))
+    spans.append((f"{duration(entry.microseconds)} ", "strong"))
+    if width >= 100:
         spans.append((f"skew {duration(entry.skew_us)} " if entry.skew_us else " " * 12, "label"))
-    room = width - sum(len(text) for text, _ in spans) - 1
-    return (*spans, (cut(f"{entry.caller}: {entry.moved}", room), "dim"))
+    room = width - width_of(spans) - 1
+    return (*spans, (cut(f"{entry.caller} {entry.moved}", room), "label"))

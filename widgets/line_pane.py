@@ -20,9 +20,12 @@ Span = tuple[str, str]
 Line = tuple[Span, ...]
 
 STYLES = (
-    "text", "label", "dim", "strong", "rip", "changed", "good", "warn", "bad", "info", "accent",
+    "text", "label", "dim", "strong", "rip", "mark", "changed", "good", "warn", "bad", "info", "accent",
     "bar", "selected", "cursor",
 )  # fmt: skip
+
+GAP = "  "
+"""Between the groups of a title bar."""
 
 
 def width_of(spans: Iterable[Span]) -> int:
@@ -49,11 +52,11 @@ def bar(left: Sequence[Span], right: Sequence[Sequence[Span]], width: int, base:
     room = width - width_of(left) - 1
     shown: list[Span] = []
     for group in right:
-        size = width_of(group) + (3 if shown else 1)
+        size = width_of(group) + (len(GAP) if shown else 1)
         if size > room:
             break
         room -= size
-        shown += [(" │ ", "dim"), *group] if shown else group
+        shown += [(GAP, ""), *group] if shown else group
     if shown:
         shown.append((" ", ""))
     gap = width - width_of(left) - width_of(shown)
@@ -70,6 +73,7 @@ class LinePane(Widget):
     def __init__(self, *, id: str | None = None, classes: str | None = None) -> None:
         super().__init__(id=id, classes=classes)
         self._lines: Sequence[Line] = ()
+        self._styles: dict[str, Style] = {}
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
         """The content now, top to bottom; at most ``height`` lines are drawn."""
@@ -93,17 +97,38 @@ class LinePane(Widget):
     def on_resize(self) -> None:
         self.redraw()
 
+    def watch_has_focus(self, has_focus: bool) -> None:
+        super().watch_has_focus(has_focus)
+        self.redraw()
+
     def render_line(self, y: int) -> Strip:
         width = self.size.width
         if y >= len(self._lines):
-            return Strip.blank(width, self.rich_style)
+            return Strip.blank(width, self._style(""))
         segments = [Segment(text, self._style(names)) for text, names in self._lines[y]]
-        return Strip(segments).adjust_cell_length(width, self.rich_style)
+        return Strip(segments).adjust_cell_length(width, self._style(""))
 
     def _style(self, names: str) -> Style:
-        if not names:
-            return self.rich_style
-        return self.get_component_rich_style(*(f"line--{name}" for name in names.split()))
+        """The looks of a span: the rules of its names laid one over the other, on the widget's own."""
+        if names not in self._styles:
+            background = self.background_colors[1]
+            colour = self.styles.color
+            text_style = Style()
+            for name in names.split():
+                rules = self.get_component_styles(f"line--{name}")
+                if rules.has_rule("background"):
+                    background += rules.background
+                if rules.has_rule("color"):
+                    colour = rules.color
+                if rules.has_rule("text_style"):
+                    text_style += rules.text_style
+            colours = Style.from_color((background + colour).rich_color, background.rich_color)
+            self._styles[names] = colours + text_style
+        return self._styles[names]
+
+    def notify_style_update(self) -> None:
+        self._styles.clear()
+        super().notify_style_update()
 
     def line_text(self, y: int) -> str:
         """The text of a line as it's drawn."""

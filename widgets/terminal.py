@@ -28,7 +28,7 @@ def drawable(text: str) -> str:
     """The text without what has no cell of its own: other controls, C1, combining characters."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(char for char in text if char in _CONTROLS or wcwidth(char) > 0)
+    return "".join(char for char in text if char in _CONTROLS or (char.isprintable() and wcwidth(char) > 0))
 
 
 class _Screen(pyte.Screen):

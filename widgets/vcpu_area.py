@@ -31,6 +31,8 @@ class VcpuArea(Vertical, can_focus=True):
         grid = self.query_one("#grid")
         grid.styles.grid_size_columns = across
         grid.styles.grid_rows = str(pane_rows)
+        grid.styles.height = -(-panes // across) * pane_rows
+        self.styles.height = list_rows - (-panes // across) * pane_rows
         while len(self.panes) > panes:
             self.panes.pop().remove()
         new = [VcpuPane() for _ in range(panes - len(self.panes))]

@@ -9,7 +9,7 @@ from textual import events
 from kvm.x86.structs import Regs
 from widgets.frame import VcpuFrame
 from widgets.line_pane import Line, LinePane, Span, bar
-from widgets.vcpu_pane import ACTIVITY, VcpuPane, number
+from widgets.vcpu_pane import ACTIVITY, VcpuPane
 
 CELL = 20
 """Cells that a VCPU takes: index, glyph, RIP, gap; so that four fit in 80 columns."""
@@ -35,7 +35,6 @@ class VcpuList(LinePane):
             self.redraw()
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
-        across = max(width // CELL, 1)
         counts = {name: sum(frame.activity == name for frame in self.frames) for name in ACTIVITY}
         words: list[list[Span]] = [
             [(f"{glyph} {counts[name]} {name or 'unknown'}", style)]
@@ -44,9 +43,8 @@ class VcpuList(LinePane):
         ]
         title = bar([(f" {len(self.frames)} VCPUs ", "strong")], words, width)
         # Column by column, as a person reads a list; where the rows don't suffice, the part around the selected one.
-        needed = -(-len(self.frames) // across)
-        shown = min(needed, max(height - 1, 1))
-        first = min(max(self.selected % max(needed, 1) - shown // 2, 0), needed - shown)
+        needed, shown = self._rows(), min(self._rows(), max(height - 1, 1))
+        first = self._first(shown)
         return [
             title,
             *(
@@ -58,14 +56,23 @@ class VcpuList(LinePane):
     def _cell(self, frame: VcpuFrame) -> list[Span]:
         glyph, style = ACTIVITY.get(frame.activity, ACTIVITY[""])
         base = "selected" if frame.index == self.selected else ""
-        rip = Regs.from_buffer_copy(frame.regs).rip if frame.regs else None
-        spans = [(f"{frame.index:>2}", "strong"), (glyph, style), *number(rip, 16)]
+        rip = f"{Regs.from_buffer_copy(frame.regs).rip:x}" if frame.regs else "?"
+        spans = [(f"{frame.index:>2}", "strong"), (glyph, style), (f"{rip:>16}", "text" if frame.regs else "dim")]
         return [*((text, f"{base} {name}".strip()) for text, name in spans), (" ", "")]
+
+    def _rows(self) -> int:
+        """Rows of VCPUs that all of them take in this width."""
+        return -(-len(self.frames) // max(self.size.width // CELL, 1))
+
+    def _first(self, shown: int) -> int:
+        """The first of the rows that are shown."""
+        rows = self._rows()
+        return min(max(self.selected % max(rows, 1) - shown // 2, 0), rows - shown)
 
     def on_click(self, event: events.Click) -> None:
         event.stop()
-        across = max(self.size.width // CELL, 1)
-        needed = -(-len(self.frames) // across)
-        index = event.y - 1 + event.x // CELL * needed
-        if event.y >= 1 and index < len(self.frames):
+        rows, shown = self._rows(), min(self._rows(), max(self.size.height - 1, 1))
+        row, column = event.y - 1 + self._first(shown), event.x // CELL
+        index = column * rows + row
+        if event.y >= 1 and row < rows and index < len(self.frames):
             self.post_message(VcpuPane.Selected(index))

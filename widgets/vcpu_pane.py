@@ -72,7 +72,7 @@ def _title(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int,
         mode = decode.mode(sregs, regs.rflags)
         right.append([(f"{mode.value} CPL{decode.cpl(sregs, regs.rflags)}", "")])
     right.append([("user copy owns", "accent")] if frame.dirty else [("kernel owns", "")])
-    right.append([(f"put {frame.last_put}" if frame.last_put else "never put", "dim")])
+    right.append([(f"put {frame.last_put}" if frame.last_put else "never put", "label")])
     return bar(left, right, width, "bar selected" if selected else "bar")
 
 
@@ -85,6 +85,8 @@ def number(value: int | None, digits: int, style: str = "text") -> tuple[Span, .
     if value is None:
         return (("?".rjust(digits), "dim"),)
     text = f"{value:0{digits}x}"
+    if not value and style == "text":
+        return ((text, "dim"),)
     significant = text.lstrip("0") or "0"
     zeros = text[: len(text) - len(significant)]
     return ((zeros, "dim"), (significant, style)) if zeros else ((text, style),)
@@ -97,7 +99,7 @@ def _rip(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int) -
     if regs and sregs and decode.mode(sregs, regs.rflags) in (decode.Mode.REAL, decode.Mode.VM86):
         spans.append((f"{sregs.cs.selector:04x}:{regs.rip & 0xFFFF:04x}  ", "label"))
     if frame.insn is None:
-        return (*spans, ("?" if not regs else "? not mapped", "dim"))
+        return (*spans, ("?" if not regs else "? not readable", "dim"))
     if width >= 80:
         spans.append((f"{frame.insn.raw.hex(' '):<24} ", "label"))
     return (*spans, (cut(frame.insn.text, width - width_of(spans)), "strong"))
@@ -106,7 +108,7 @@ def _rip(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int) -
 def _register(frame: VcpuFrame, name: str, value: int | None) -> list[Span]:
     mark, style = _mark(frame, name)
     return [
-        (f"{mark}{name.upper():<3} ", "changed" if mark == MARK else "label"),
+        (f"{mark}{name.upper():<3} ", "mark" if mark == MARK else "label"),
         *number(value, 16, style),
         ("  ", ""),
     ]
@@ -124,7 +126,7 @@ def _registers(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, across:
 
 def _flags(frame: VcpuFrame, regs: Regs | None) -> Line:
     mark, style = _mark(frame, "rflags")
-    spans: list[Span] = [(f"{mark}RFL ", "changed" if mark == MARK else "label")]
+    spans: list[Span] = [(f"{mark}RFL ", "mark" if mark == MARK else "label")]
     spans += number(regs.rflags & 0xFFFFFFFF if regs else None, 8, style)
     for word, is_set in decode.flag_words(regs.rflags) if regs else ():
         spans.append((f" {word}", "strong" if is_set else "dim"))
@@ -136,7 +138,7 @@ def _named_bits(
 ) -> list[Line]:
     """A control register and the names of its bits, on as many lines as these need."""
     mark, style = _mark(frame, name)
-    line: list[Span] = [(f"{mark}{name.upper():<4} ", "changed" if mark == MARK else "label"), *number(value, 8, style)]
+    line: list[Span] = [(f"{mark}{name.upper():<4} ", "mark" if mark == MARK else "label"), *number(value, 8, style)]
     lines, used = [], 14
     for word in decode.bit_names(value, bits) if value is not None else ():
         if used + len(word) + 1 > width:
@@ -153,16 +155,16 @@ def _controls(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
 
     def plain(name: str, digits: int) -> Line:
         mark, style = _mark(frame, name)
-        label = "changed" if mark == MARK else "label"
+        label = "mark" if mark == MARK else "label"
         return ((f"{mark}{name.upper():<4} ", label), *number(value(name), digits, style))
 
     room = width - _SEGMENTS if width >= WIDE else width
     lines = _named_bits(frame, "cr0", value("cr0"), decode.CR0_BITS, room)
     lines += _named_bits(frame, "cr4", value("cr4"), decode.CR4_BITS, room)
     lines += _named_bits(frame, "efer", value("efer"), decode.EFER_BITS, room)
-    lines.append((*plain("cr8", 1), ("  ", ""), *plain("cr2", 16)))
-    lines.append(plain("cr3", 16))
-    return lines
+    if columns(width) == 3:
+        return [*lines, plain("cr8", 1)]  # CR2 and CR3 stand beside the general registers
+    return [*lines, (*plain("cr8", 1), ("  ", ""), *plain("cr2", 16)), plain("cr3", 16)]
 
 
 def _segments(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
@@ -172,7 +174,7 @@ def _segments(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
     for name in SEGMENT_REGISTERS:
         mark, style = _mark(frame, name)
         segment = getattr(sregs, name) if sregs else None
-        spans: list[Span] = [(f"{mark}{name.upper():<3} ", "changed" if mark == MARK else "label")]
+        spans: list[Span] = [(f"{mark}{name.upper():<3} ", "mark" if mark == MARK else "label")]
         spans += number(segment.selector if segment else None, 4, style)
         spans += [(" ", ""), *number(segment.base if segment else None, 16, style)]
         if with_limit:
@@ -182,7 +184,7 @@ def _segments(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
     for name in ("gdt", "idt"):
         mark, style = _mark(frame, name)
         table = getattr(sregs, name) if sregs else None
-        spans = [(f"{mark}{name.upper():<3}      ", "changed" if mark == MARK else "label")]
+        spans = [(f"{mark}{name.upper():<3}      ", "mark" if mark == MARK else "label")]
         spans += number(table.base if table else None, 16, style)
         spans += [(" " if not with_limit else "     ", ""), *number(table.limit if table else None, 4, style)]
         lines.append(tuple(spans))

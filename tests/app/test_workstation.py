@@ -1,0 +1,428 @@
+"""The workstation on real machines: every key and button, every size, and what happens when a guest can't go on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Button
+from textual.widgets._footer import FooterKey
+
+from app.commands import COMMANDS
+from app.help import HelpScreen
+from app.workstation import Workstation
+from kvm.backends.interface import System
+from kvm.boot import loader
+from kvm.machine import Machine, MachineConfig, Phase
+from tests.app import guests
+from widgets.checkpoints import CheckpointsPane
+from widgets.console import ConsolePane
+from widgets.ledger import LedgerPane
+from widgets.line_pane import LinePane
+from widgets.status import Banner, StatusLine
+from widgets.vcpu_area import VcpuArea
+from widgets.vcpu_list import VcpuList
+from widgets.vcpu_pane import MARK
+
+LIMIT = 20.0
+SIZES = [(80, 24), (120, 40), (200, 60)]
+COUNT = bytes.fromhex("66 40 eb fc")
+"""again: inc eax; jmp again"""
+
+
+@pytest.fixture(params=["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+def system(request: pytest.FixtureRequest) -> Iterator[System]:
+    from kvm.backends.choice import open_system
+
+    opened = open_system(request.param)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_an_idle_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pilot takes a busy process for a busy app and waits a second a key; here the guest is what's busy."""
+
+    async def briefly(*_: float) -> None:
+        await asyncio.sleep(0.002)
+
+    monkeypatch.setattr("textual.app.wait_for_idle", briefly)
+    monkeypatch.setattr("textual.pilot.wait_for_idle", briefly)
+
+
+class Desk:
+    """A workstation under test with its pilot."""
+
+    def __init__(self, app: Workstation, pilot: Pilot[int]) -> None:
+        self.app, self.pilot, self.machine = app, pilot, app.machine
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the app go on until the condition holds; only a hang takes as long as LIMIT."""
+        async with asyncio.timeout(LIMIT):
+            while not condition():
+                await self.pilot.pause(0.005)
+
+    async def idle(self) -> None:
+        """Until all operations are over and drawn."""
+        await self.pilot.pause()
+        await self.until(lambda: not self.app._busy and not self.app._waiting)
+        await self.pilot.pause()
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+        await self.idle()
+
+    async def click(self, selector: str) -> None:
+        assert await self.pilot.click(selector)
+        await self.idle()
+
+    @property
+    def phase(self) -> Phase:
+        return self.machine.status.phase
+
+    @property
+    def footer(self) -> dict[str, bool]:
+        """What the footer offers: description and whether it can be used."""
+        return {key.description: not key._disabled for key in self.app.query(FooterKey)}
+
+    def text(self, of: type[LinePane]) -> str:
+        pane = self.app.query_one(of)
+        return "\n".join(pane.line_text(y) for y in range(pane.size.height))
+
+    def pane(self, index: int = 0) -> str:
+        pane = self.app.query_one(VcpuArea).panes[index]
+        return "\n".join(pane.line_text(y) for y in range(pane.size.height))
+
+    def rip(self, vcpu: int = 0) -> int:
+        return int.from_bytes(self.machine.view(vcpu).regs[128:136], "little")
+
+
+Open = Callable[..., "asynccontextmanager[Desk]"]
+
+
+@pytest.fixture
+def desk(system: System, tmp_path: Path) -> Callable[..., object]:
+    @asynccontextmanager
+    async def open_desk(
+        code: bytes, *, vcpus: int = 2, size: tuple[int, int] = (120, 40), format: str = "flat16"
+    ) -> AsyncIterator[Desk]:
+        path = tmp_path / "guest.bin"
+        path.write_bytes(code)
+        memory = 4 << 20
+        image = loader.load(path, memory=memory, format=format, address=0x7C00)
+        with Machine(system, image, MachineConfig(vcpus, memory)) as machine:
+            app = Workstation(machine)
+            async with app.run_test(size=size) as pilot:
+                opened = Desk(app, pilot)
+                await opened.idle()
+                yield opened
+
+    return open_desk
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_first_frame_says_what_runs_who_owns_it_and_which_keys_there_are(desk, size) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=size) as at:
+        status = at.text(StatusLine)
+        assert "‖ PAUSED" in status
+        assert "guest.bin" in status
+        assert at.machine.system.name in status
+        assert "2 VCPUs" in status
+        assert "real mode CPL0" in at.pane()
+        assert "kernel owns" in at.pane()
+        assert "0000:7c00  " in at.pane()
+        assert "inc eax" in at.pane()
+        for word in ("Run", "Step", "Checkpoint", "Reset", "Type", "Help", "Quit"):
+            assert at.footer[word], at.footer
+        assert at.footer["Back"] is False
+        assert "Pause" not in at.footer
+
+
+async def test_space_runs_and_pauses(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("space")
+        assert at.phase is Phase.RUNNING
+        await at.until(lambda: "Pause" in at.footer and "Run" not in at.footer)
+        await at.until(lambda: f"{MARK}RAX" in at.pane())
+        assert "▶ RUNNING" in at.text(StatusLine)
+        await at.press("space")
+        assert at.phase is Phase.PAUSED
+        await at.press("f5")
+        assert at.phase is Phase.RUNNING
+        await at.press("f5")
+        assert at.phase is Phase.PAUSED
+
+
+async def test_step_moves_the_selected_vcpu_and_marks_what_changed(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("s")
+        assert at.rip() == 0x7C02
+        assert f"{MARK}RIP 0000000000007c02" in at.pane()
+        assert f"{MARK}RAX 0000000000000001" in at.pane()
+        await at.press("s")
+        assert at.rip() == 0x7C00
+        assert f"{MARK}RAX" not in at.pane()
+        assert f"{MARK}RIP" in at.pane()
+        await at.press("f6", "S")
+        assert at.rip() == 0x7C00
+        assert at.phase is Phase.PAUSED
+
+
+async def test_keys_pressed_faster_than_the_machine_works_are_done_in_their_order(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("s", "s", "s", "c", "s")
+        assert at.rip() == 0x7C00
+        assert at.machine.checkpoints[0].position[0] == 0x7C02
+
+
+async def test_checkpoint_and_back(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("s", "c")
+        await at.until(lambda: "  1 ●" in at.text(CheckpointsPane))
+        await at.until(lambda: at.footer.get("Back") is True)
+        await at.press("s", "s", "s")
+        await at.press("b")
+        assert at.rip() == 0x7C02
+        await at.press("s", "f8", "f9")
+        assert len(at.machine.checkpoints) == 2
+        assert at.rip() == 0x7C00
+
+
+async def test_an_older_checkpoint_is_chosen_in_the_list(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("c", "s", "c", "f4")
+        assert at.app.focused.id == "checkpoints"
+        await at.press("down", "enter")
+        assert at.rip() == 0x7C00
+        await at.press("delete")
+        assert [kept.number for kept in at.machine.checkpoints] == [2]
+        await at.press("f4")
+        assert at.app.focused.id == "vcpus"
+
+
+async def test_reset(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("s", "s", "s", "r")
+        assert at.rip() == 0x7C00
+        assert "RESET" in at.text(LedgerPane)
+        assert "reset" in at.text(StatusLine)
+
+
+async def test_every_button(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=(80, 24)) as at:
+        await at.click("#button-step")
+        assert at.rip() == 0x7C02
+        await at.click("#button-checkpoint")
+        await at.click("#button-step")
+        await at.click("#button-restore")
+        assert at.rip() == 0x7C02
+        await at.click("#button-reset")
+        assert at.rip() == 0x7C00
+        await at.click("#button-run")
+        assert at.phase is Phase.RUNNING
+        assert not at.app.query_one("#button-run", Button).display
+        await at.click("#button-pause")
+        assert at.phase is Phase.PAUSED
+        await at.click("#button-help")
+        assert isinstance(at.app.screen, HelpScreen)
+        await at.press("escape")
+        await at.click("#button-leave")
+        assert at.app.return_value == 0
+
+
+async def test_help_lists_every_key_and_closes(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=(120, 60)) as at:
+        for opening in ("question_mark", "f1"):
+            await at.press(opening)
+            assert isinstance(at.app.screen, HelpScreen)
+            drawn = "".join(
+                segment.text for strip in at.app.screen.query_one("#help-text").render_lines(
+                    at.app.screen.query_one("#help-text").size.region
+                ) for segment in strip
+            )  # fmt: skip
+            assert not [command.help for command in COMMANDS if command.help[:24] not in drawn]
+            await at.press("escape")
+            assert not isinstance(at.app.screen, HelpScreen)
+
+
+async def test_typing_goes_to_the_guest_and_nowhere_else(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.ECHO) as at:
+        await at.press("space")
+        await at.until(lambda: ">" in at.text(ConsolePane))
+        await at.press("f2")
+        await at.until(lambda: "typing goes to the guest" in at.text(ConsolePane))
+        await at.until(lambda: "Reset" not in at.footer)
+        assert {"Pause", "Step", "Leave the console"} <= set(at.footer)
+        assert {key.key for key in at.app.query(FooterKey)} <= {"f1", "f2", "f5", "f6", "f8", "f9"}
+        await at.pilot.press("q", "s", "r", "c", "space", "b")
+        await at.until(lambda: ">qsrc b" in at.text(ConsolePane))
+        assert at.phase is Phase.RUNNING
+        assert not at.machine.checkpoints
+        await at.press("f8")
+        assert len(at.machine.checkpoints) == 1
+        await at.press("f2", "c")
+        assert len(at.machine.checkpoints) == 2
+        await at.click("#console")
+        await at.press("ctrl+right_square_bracket")
+        assert at.app.focused.id == "vcpus"
+
+
+async def test_the_debug_console_is_shown_and_can_be_switched(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.PRINT_AND_SPIN) as at:
+        await at.press("space")
+        await at.until(lambda: "!" in at.text(ConsolePane))
+        assert "debug" in at.text(ConsolePane)
+        await at.press("o")
+        assert "!" not in at.text(ConsolePane)
+        await at.press("pageup", "pagedown", "o")
+        assert "!" in at.text(ConsolePane)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_keys_and_clicks_select_among_16_vcpus(desk, size) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, vcpus=16, size=size) as at:
+        assert "16 VCPUs" in at.text(VcpuList)
+        await at.press("j", "down", "right_square_bracket")
+        assert at.app.selected == 3
+        await at.press("k", "up", "left_square_bracket", "up")
+        assert at.app.selected == 15
+        assert any("VCPU 15" in at.pane(n) for n in range(len(at.app.query_one(VcpuArea).panes)))
+        await at.pilot.click(VcpuList, offset=(5, 2))
+        assert at.app.selected == 1
+        await at.press("S")
+        assert at.rip(0) == 0x7C02
+
+
+async def test_a_click_on_a_pane_selects_it(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.pilot.click(at.app.query_one(VcpuArea).panes[1], offset=(5, 3))
+        assert at.app.selected == 1
+
+
+async def test_tab_goes_round_but_not_into_the_console(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=(80, 24)) as at:
+        seen = []
+        for _ in range(3):
+            await at.press("tab")
+            seen.append(at.app.focused.id)
+        assert seen == ["ledger", "checkpoints", "vcpus"]
+        await at.press("shift+tab")
+        assert at.app.focused.id == "checkpoints"
+        await at.press("escape", "f3")
+        assert at.app.query_one(LedgerPane).display
+        assert not at.app.query_one(ConsolePane).display
+        await at.press("f3", "f2")
+        assert at.app.query_one(ConsolePane).display
+        assert not at.app.query_one(LedgerPane).display
+
+
+async def test_a_triple_fault_is_explained_and_back_mends_it(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.TRIPLE_FAULT_64, format="flat64") as at:
+        await at.press("c", "space")
+        await at.until(lambda: "triple fault" in at.text(Banner))
+        banner = at.text(Banner)
+        assert "VCPU 0" in banner
+        assert "r resets" in banner
+        assert "b goes back to checkpoint 1" in banner
+        assert "■ STOPPED" in at.text(StatusLine)
+        await at.until(lambda: at.footer.get("Run") is False)
+        assert at.footer["Step"] is False
+        await at.press("b")
+        assert not at.app.query_one(Banner).content
+        assert at.phase is Phase.PAUSED
+        await at.until(lambda: at.footer.get("Run") is True)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("system", ["kvm"], indirect=True)
+async def test_what_kvm_cannot_emulate_is_shown_with_bytes_and_disassembly(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.NO_EMULATION_64, format="flat64", size=(80, 24)) as at:
+        await at.press("space")
+        await at.until(lambda: at.phase is Phase.STOPPED)
+        await at.until(lambda: "0f 58 03" in at.text(Banner))
+        assert "addps xmm0" in at.text(Banner)
+        assert "0000000000007c05" in at.text(Banner)
+        await at.press("r")
+        assert at.phase is Phase.PAUSED
+        assert not at.app.query_one(Banner).content
+
+
+async def test_a_guest_that_exits_gives_the_exit_code(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.print_and_exit(b"bye", 0x15)) as at:
+        await at.press("space")
+        await at.until(lambda: at.phase is Phase.EXITED)
+        await at.until(lambda: "ended itself" in at.text(Banner))
+        assert "● EXITED" in at.text(StatusLine)
+        assert "vmdeck will return 43" in at.text(Banner)
+        assert "bye" in at.text(ConsolePane)
+        await at.press("q")
+        assert at.app.return_value == 43
+
+
+@pytest.mark.parametrize("key", ["q", "ctrl+q", "ctrl+c"])
+async def test_every_way_to_quit(desk, key) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("space")
+        await at.pilot.press(key)
+        assert at.app.return_value == 0
+
+
+async def test_an_error_is_shown_and_the_app_goes_on(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.TRIPLE_FAULT_64, format="flat64") as at:
+        await at.press("space")
+        await at.until(lambda: at.phase is Phase.STOPPED)
+        at.app.action_run()  # a key pressed before the footer knew
+        await at.idle()
+        assert "the guest has shut down (triple fault)" in at.text(StatusLine)
+        await at.press("r")
+        assert "shut down" not in at.text(StatusLine)
+
+
+async def test_a_bug_in_an_operation_does_not_end_the_app(desk) -> None:  # type: ignore[no-untyped-def]
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    async with desk(COUNT) as at:
+        at.app.operate("test", broken)
+        await at.idle()
+        assert "This is a bug in vmdeck" in at.text(StatusLine)
+        await at.press("s")
+        assert at.rip() == 0x7C02
+
+
+async def test_too_small_a_terminal_says_so_and_recovers(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=(80, 24)) as at:
+        await at.pilot.resize_terminal(40, 10)
+        await at.idle()
+        await at.until(lambda: at.app.query_one("TooSmall").size == (40, 10))
+        await at.press("space")
+        assert at.phase is Phase.RUNNING
+        await at.pilot.resize_terminal(100, 30)
+        await at.idle()
+        await at.until(lambda: not at.app.query_one("TooSmall").display)
+        await at.until(lambda: "▶ RUNNING" in at.text(StatusLine))
+        assert "VCPU 0" in at.pane()
+
+
+async def test_the_palette_has_every_command_that_works_now(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        titles = {command.title for command in at.app.get_system_commands(at.app.screen)}
+        assert {"Run", "Step", "Step all", "Checkpoint", "Reset", "Help", "Quit"} <= titles
+        assert not {"Pause", "Back"} & titles
+        await at.press("ctrl+p")
+        await at.pilot.press(*"Step")
+        palette = at.app.screen.query_one("CommandList")
+        await at.until(lambda: palette.option_count > 0 and "Step" in str(palette.get_option_at_index(0).prompt))
+        await at.press("enter", "enter")
+        await at.until(lambda: at.rip() == 0x7C02)
+
+
+def test_every_command_has_its_own_id_and_keys() -> None:
+    ids = [command.id for command in COMMANDS]
+    assert len(set(ids)) == len(ids)
+    keys = [key for command in COMMANDS for key in command.keys.split(",")]
+    assert {key for key in keys if keys.count(key) > 1} == {"space", "f5"}, "run and pause are never there together"
