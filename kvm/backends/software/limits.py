@@ -1,0 +1,30 @@
+"""What the software backend does not do as a processor would. ``vmdeck doctor`` prints this table."""
+
+from __future__ import annotations
+
+LIMITS: tuple[tuple[str, str], ...] = (
+    ("speed", "10 to 200 million instructions a second for all VCPUs together; one VCPU runs at a time"),
+    (
+        "time",
+        "virtual: 10 ns an instruction, 1 µs an access to a device; the guest's clocks follow it",
+    ),
+    ("XSAVE, AVX, AVX-512", "not there; CPUID says so, the instructions give #UD"),
+    ("VMX, SVM, SMM, SGX", "not there; the instructions give #UD"),
+    ("x2APIC, a moved APIC page", "WRMSR of APIC_BASE gives #GP"),
+    ("RDRAND, RDSEED", "not in CPUID; they work, with the host's random numbers, and so make runs differ"),
+    (
+        "STI with an interrupt waiting",
+        "taken at HLT, PAUSE, I/O or the slice's end (1000 instructions)",
+    ),
+    ("code written by another VCPU or a device", "seen after CPUID, SIPI or a restore; a VCPU sees its own at once"),
+    ("hardware task switches through the IDT", "a task gate stops the guest with an internal error"),
+    ("the guest's own DR0-3 breakpoints", "held, but never hit"),
+    ("segment limits, stack limits, alignment checks (#AC)", "not enforced"),
+    ("PAE PDPTRs", "read from memory at each page walk, not when CR3 is loaded"),
+    ("x87 exceptions, precision control", "as QEMU's TCG: IEEE flags, no trap through IRQ 13"),
+    ("MTRR, PAT", "held, without effect"),
+    ("performance counters", "none; RDPMC gives #UD"),
+    ("logging dirty pages", "by comparing with a copy of the slot: twice the memory, host writes count too"),
+    ("coalesced I/O, eventfds", "not there: an access costs about a microsecond"),
+)
+"""(what, consequence)"""

@@ -1,0 +1,122 @@
+"""Guest-physical memory: the slots, and reading and writing them by guest-physical address."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvm.backends.interface import PAGE_SIZE
+from kvm.backends.software.engine import MAPPED_END
+from kvm.errors import KvmError
+
+
+@dataclass
+class Slot:
+    """Host memory at a guest-physical address. ``shadow`` is its contents when dirty logging last looked."""
+
+    address: int
+    memory: mmap.mmap
+    readonly: bool
+    bytes: NDArray[np.uint8] = field(init=False)
+    view: memoryview = field(init=False)
+    shadow: NDArray[np.uint64] | None = None
+
+    def __post_init__(self) -> None:
+        self.bytes = np.frombuffer(self.memory, dtype=np.uint8)
+        self.view = memoryview(self.memory)
+        self.size = len(self.memory)
+        self.end = self.address + self.size
+
+    @property
+    def pointer(self) -> int:
+        return int(self.bytes.ctypes.data)
+
+    @property
+    def pages(self) -> NDArray[np.uint64]:
+        """The memory as rows of one page each."""
+        return self.bytes.view(np.uint64).reshape(-1, PAGE_SIZE // 8)
+
+    def log_dirty(self, on: bool) -> None:
+        if not on:
+            self.shadow = None
+        elif self.shadow is None:
+            self.shadow = self.pages.copy()
+
+    def dirty_pages(self) -> NDArray[np.int64]:
+        if self.shadow is None:
+            raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, detail="dirty logging is off for this slot")
+        now = self.pages
+        dirty = np.flatnonzero((now != self.shadow).any(axis=1))
+        self.shadow[dirty] = now[dirty]
+        return dirty.astype(np.int64)
+
+    def release(self) -> None:
+        """Let go of the host memory, so that its owner can close it."""
+        self.view.release()
+        self.shadow = None
+        del self.bytes
+
+
+class Slots:
+    """The memory slots of one VM."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Slot] = {}
+        self._sorted: list[Slot] = []
+
+    def set(self, number: int, address: int, memory: mmap.mmap, *, readonly: bool, log_dirty: bool) -> bool:
+        """Add a slot or change one's flags; True if the layout changed. Raises KvmError as the ioctl would."""
+        size = len(memory)
+        if address % PAGE_SIZE or size % PAGE_SIZE or not size or address + size > MAPPED_END:
+            raise KvmError("KVM_SET_USER_MEMORY_REGION", errno.EINVAL, detail=f"slot {number}: {address:#x}+{size:#x}")
+        old = self._by_number.get(number)
+        if old is not None and old.memory is memory and old.address == address and old.readonly == readonly:
+            old.log_dirty(log_dirty)
+            return False
+        others = [slot for slot in self._sorted if slot is not old]
+        if any(slot.address < address + size and address < slot.end for slot in others):
+            raise KvmError("KVM_SET_USER_MEMORY_REGION", errno.EEXIST, detail=f"slot {number} overlaps another")
+        if old is not None:
+            old.release()
+        slot = Slot(address, memory, readonly)
+        slot.log_dirty(log_dirty)
+        self._by_number[number] = slot
+        self._sorted = sorted([*others, slot], key=lambda slot: slot.address)
+        return True
+
+    def dirty_pages(self, number: int) -> NDArray[np.int64]:
+        slot = self._by_number.get(number)
+        if slot is None:
+            raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, detail=f"no slot {number}")
+        return slot.dirty_pages()
+
+    def layout(self) -> list[tuple[int, int, int, bool]]:
+        """As ``Engine.map`` wants it."""
+        return [(slot.address, slot.size, slot.pointer, slot.readonly) for slot in self._sorted]
+
+    def read(self, address: int, size: int) -> bytes:
+        """Guest-physical memory; where there is none, ones."""
+        for slot in self._sorted:
+            if slot.address <= address and address + size <= slot.end:
+                offset = address - slot.address
+                return bytes(slot.view[offset : offset + size])
+        return b"\xff" * size
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write guest-physical memory; where there is none, or it is read-only, nothing happens."""
+        for slot in self._sorted:
+            if slot.address <= address and address + len(data) <= slot.end and not slot.readonly:
+                offset = address - slot.address
+                slot.view[offset : offset + len(data)] = data
+                return
+
+    def release(self) -> None:
+        """Let go of all host memory."""
+        for slot in self._sorted:
+            slot.release()
+        self._by_number.clear()
+        self._sorted.clear()
