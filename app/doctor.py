@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from importlib import metadata
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from kvm.backends.interface import System
 
 PACKAGES = ("textual", "rich", "unicorn", "cffi", "numpy", "capstone", "pyelftools", "pyte")
+
+WIDTH = 96
+"""Columns of running text."""
 
 CHECK = b"\xb0V\xe6\xe9\xb0\x15\xe6\xf4\xf4"
 """mov al, 'V'; out 0xe9, al; mov al, 0x15; out 0xf4, al; hlt: real mode, the debug console, isa-debug-exit."""
@@ -77,7 +81,8 @@ def _backend(name: str, details: Callable[[System], None]) -> bool:
             _section(f"Backend {name}: usable", rows)
             details(system)
     except VmdeckError as error:
-        _section(f"Backend {name}: NOT USABLE", [*rows, ("why", str(error).replace("\n", "\n" + " " * 13))])
+        why = textwrap.wrap(str(error), WIDTH)
+        _section(f"Backend {name}: NOT USABLE", [*rows, ("why", why[0]), *(("", line) for line in why[1:])])
         return False
     return True
 
@@ -92,11 +97,9 @@ def _device() -> str:
 
 
 def _extension() -> str:
-    try:
-        from kvm.backends.kernel import _kvm
-    except ImportError as error:
-        return f"not built ({error}): install a C compiler and the Linux headers, then pip install vmdeck again"
-    return f"built: {_kvm.__file__}"
+    from kvm.backends.kernel import library
+
+    return "not built" if library.missing else "built"
 
 
 def _kernel_rows(system: System) -> None:

@@ -63,6 +63,8 @@ class _Headless:
         self._quit = False
         self._input_open = True
         self._person = os.isatty(STDIN)
+        self._gone = signal.SIGHUP if os.isatty(STDOUT) else signal.SIGPIPE
+        """What has happened when nobody will ever read stdout. A terminal that is gone is none any more."""
         self._looked = 0.0
         for console in self._consoles:
             console.listen(bell.ring)
@@ -82,7 +84,7 @@ class _Headless:
                 return (0, None) if self._quit else _ENDED[status.phase](status)
             self._throttle(status)
             if not self._sleep(typing=not ended):
-                return 128 + (signal.SIGHUP if os.isatty(STDOUT) else signal.SIGPIPE), None
+                return 128 + self._gone, None
 
     def _collect(self) -> None:
         for index, console in enumerate(self._consoles):

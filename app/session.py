@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from functools import partial
 
+from app.bell import ENDING
 from app.workstation import Workstation
 from kvm.machine import Machine
-
-_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def run(machine: Machine) -> int:
@@ -20,7 +18,7 @@ def run(machine: Machine) -> int:
 async def _run(machine: Machine) -> int:
     app = Workstation(machine)
     loop = asyncio.get_running_loop()
-    for number in _ENDING:
+    for number in ENDING:
         loop.add_signal_handler(number, partial(app.exit, 128 + number, return_code=128 + number))
     machine.run()
     await app.run_async()

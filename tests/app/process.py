@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import pyte
+import pytest
 
 COMMAND = (sys.executable, "-m", "app")
 LIMIT = 60.0
@@ -38,6 +40,20 @@ def refused(*arguments: str, given: bytes = b"") -> str:
     assert message.startswith("vmdeck: ")
     assert "Traceback" not in message
     return message
+
+
+EMPTY_DEV = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+"""A /dev without /dev/kvm."""
+
+
+def in_namespace(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command after a shell script, in a mount namespace of its own: what it mounts nobody else sees."""
+    if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
+        pytest.skip("needs root and unshare for a mount namespace")
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{script} && exec "$@"', "sh", *COMMAND, *arguments],
+        capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
 
 
 class Terminal:

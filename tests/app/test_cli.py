@@ -15,7 +15,7 @@ import pytest
 from app.cli import FORMATS
 from kvm.boot import loader
 from tests.app import guests
-from tests.app.process import COMMAND, LIMIT, Terminal, refused, vmdeck
+from tests.app.process import EMPTY_DEV, LIMIT, Terminal, in_namespace, refused, vmdeck
 
 
 @pytest.fixture
@@ -139,18 +139,6 @@ def test_images_that_cannot_be_loaded(tmp_path: Path) -> None:
 # in front of libc's ioctl answers as a kernel does whose virtualisation VirtualBox holds.
 
 
-def in_namespace(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("needs root and unshare for a mount namespace")
-    return subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{script} && exec "$@"', "sh", *COMMAND, *arguments],
-        capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
-
-
-EMPTY_DEV = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
-
-
 @pytest.mark.kvm
 def test_no_dev_kvm(image: str) -> None:
     done = in_namespace(EMPTY_DEV, "run", image, *FLAT, "--backend", "kvm", "--headless")
@@ -247,7 +235,7 @@ def test_the_workstation_opens_on_a_running_guest_and_q_quits(image: str, backen
         assert terminal.is_sane()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_a_signal_ends_the_workstation(image: str, backend: str, number: signal.Signals) -> None:
     with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
