@@ -14,7 +14,7 @@
 #   3        unit_lock     0    32 times through the critical section that all VCPUs share
 #
 # At CPL 0 only what KVM's instruction emulator knows: no SSE or x87 arithmetic, popcnt, cmpxchg16b, int n, rdtscp.
-# R12-R15 hold their own number and the VCPU's in every byte, for ever; XMM8-XMM15 likewise.
+# R12-R15 hold their own number in every byte but the lowest, which is the VCPU's, for ever. XMM8-XMM15: own number, VCPU.
 
 .intel_syntax noprefix
 
@@ -851,10 +851,17 @@ FUNCTION compare                        # RAX: got, RDX: expected, RSI: name; a 
     cmp rax, rdx
     je 1f
     mov qword ptr gs:[CPU_REPAIR], 1
-    mov rcx, gs:[CPU_FAILURES]
-    cmp rcx, 8
-    jae 1f
-    inc qword ptr gs:[CPU_FAILURES]
+    xor ecx, ecx
+2:  cmp rcx, gs:[CPU_FAILURES]
+    jae 3f
+    imul r9d, ecx, 24
+    cmp gs:[CPU_FAILURE + r9], rsi      # once a round is enough
+    je 1f
+    inc ecx
+    cmp ecx, 8
+    jb 2b
+    ret
+3:  inc qword ptr gs:[CPU_FAILURES]
     imul ecx, ecx, 24
     mov gs:[CPU_FAILURE + rcx], rsi
     mov gs:[CPU_FAILURE + rcx + 8], rdx
@@ -911,7 +918,7 @@ expect_lock:
 
 FUNCTION check_patterns
     .irp register, 12, 13, 14, 15
-    movabs rdx, 0x0101010101010101 * 0x\register
+    movabs rdx, 0x0101010101010100 * 0x\register
     or rdx, gs:[CPU_ID]
     mov rax, r\register
     mov esi, offset name_r\register
@@ -977,7 +984,7 @@ FUNCTION arm_state                      # write every pattern that the checks lo
     bt edx, 27                          # RDTSCP, and so TSC_AUX
     setc byte ptr [has_tsc_aux]
     .irp register, 12, 13, 14, 15
-    movabs r\register, 0x0101010101010101 * 0x\register
+    movabs r\register, 0x0101010101010100 * 0x\register
     or r\register, gs:[CPU_ID]
     .endr
     mov ebx, offset msr_checks
@@ -1429,25 +1436,27 @@ put_hex_digits:                         # ECX digits of RAX, from the left
     ret
 
 FUNCTION begin_line                     # a line of its own, above what is being typed
-    mov byte ptr [printing], 1
-    cmp byte ptr [in_command], 0
+    cli
+    cmp byte ptr [line_ready], 0
     jne 1f
+    mov byte ptr [printing], 1
+    sti
     mov al, 13
-    call put_char
-1:  ret
+    jmp put_char
+1:  sti                                 # a line that is entered is no longer being typed: its command comes first
+    push rdx
+    call run_command
+    pop rdx
+    jmp begin_line
 
 FUNCTION end_line
-    cmp byte ptr [in_command], 0
-    je 1f
-    SAY "\r\n"
-    ret
-1:  mov eax, [line_length]              # wipe the rest of the line that was being typed, and draw it again below
+    mov eax, [line_length]              # wipe the rest of the line that was being typed, and draw it again below
     add eax, 2
     cmp [column], eax
     jae 2f
     mov al, ' '
     call put_char
-    jmp 1b
+    jmp end_line
 2:  SAY "\r\n> "
     mov esi, offset line
     mov ecx, [line_length]
@@ -1645,7 +1654,6 @@ FUNCTION edit_line                      # IF = 0: what is in the ring goes into 
 FUNCTION run_command
     push rbx
     mov byte ptr [printing], 1
-    mov byte ptr [in_command], 1
     mov esi, offset line
     call skip_spaces
     cmp byte ptr [rsi], 0
@@ -1662,7 +1670,6 @@ FUNCTION run_command
 2:  mov eax, [rbx + 8]
     call rax
 4:  mov dword ptr [line_length], 0
-    mov byte ptr [in_command], 0
     SAY "> "
     mov byte ptr [line_ready], 0
     pop rbx
@@ -2069,7 +2076,6 @@ column: .long 0
 stopped: .byte 0
 check_wanted: .byte 0
 cut_short: .byte 0                      # a VCPU has crashed in this round
-in_command: .byte 0
 printing: .byte 0                       # the receive interrupt leaves the echo to end_output
 line_ready: .byte 0
 last_char: .byte 0
