@@ -26,7 +26,7 @@ from kvm.memory import Memory
 from kvm.snapshot.pages import PageStore
 from kvm.snapshot.state import Checkpoint, MachineState, check
 from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
-from kvm.x86 import cpuid, layout, registers, reset
+from kvm.x86 import cpuid, dump, layout, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import machine_table, vcpu_table
 
@@ -322,6 +322,21 @@ class Machine:
             target = self.vcpus[vcpu]
             sync.cpu_synchronize_state(target, ledger=self.ledger, caller="edit")
             registers.write(target.copy, register, value)
+
+    def dump_registers(self) -> str:
+        """All VCPUs' registers as QEMU's ``info registers -a`` prints them; the guest goes on if it ran.
+
+        Raises MachineError, KvmError.
+        """
+        with self._operation("dump registers"):
+            was_running = self._status.phase is Phase.RUNNING
+            self._stop_all()
+            for vcpu in self.vcpus:
+                sync.cpu_synchronize_state(vcpu, ledger=self.ledger, caller="dump")
+            text = dump.dump([vcpu.copy for vcpu in self.vcpus])
+            if was_running:
+                self._resume()
+            return text
 
     def read_memory(self, address: int, size: int) -> bytes:
         """Guest-physical memory; while the guest runs it may change under the read. Raises MemoryAccessError."""
