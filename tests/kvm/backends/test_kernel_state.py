@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvm.backends.interface import PAGE_SIZE, ExitKind
+from kvm.backends.interface import PAGE_SIZE, ExitKind, IoctlTrace
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.system import KernelSystem
 from kvm.errors import KvmError, SubstateError
@@ -198,7 +198,8 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
     by_name = guest.table.by_name
     rows = [by_name["regs"], by_name["mp_state"]]
     here = threading.get_ident()
-    guest.system.trace = trace = []
+    trace: list[IoctlTrace] = []
+    guest.system.trace = trace
     raw = guest.vcpu.get(rows)
     guest.vcpu.put(list(zip(rows, raw, strict=True)))
     guest.vm.irq_line(3, False)
@@ -216,7 +217,8 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
         ("KVM_RUN", "", 0, here),  # port 0xf4
         ("KVM_RUN", "", 0, here),  # the kick
     ]
-    guest.system.trace = trace = []
+    trace = []
+    guest.system.trace = trace
     with Running(guest) as running:
         guest.vcpu.kick()
         running.ended()
