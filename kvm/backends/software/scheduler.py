@@ -121,9 +121,10 @@ class Scheduler:
             self.changed.notify_all()
             try:
                 while True:
-                    if vcpu.exit is not None:
+                    mine = self._running is not vcpu  # else the leader has it in hand just now
+                    if mine and vcpu.exit is not None:
                         return vcpu.exit
-                    if vcpu.kicked:
+                    if mine and vcpu.kicked:
                         return Exit(ExitKind.KICKED)
                     if self._leader is None:
                         self._lead(vcpu)

@@ -161,7 +161,9 @@ class SoftwareVcpu:
         return self.inside and self.mp_state in _WAITING
 
     def close(self) -> None:
-        self.engine.close()
+        with self.vm.scheduler.attention():
+            self.mp_state = MP_STATE_UNINITIALIZED  # the others must not wait for its turn
+            self.engine.close()
 
     # What the engine reaches outside memory
 
