@@ -115,7 +115,8 @@ def test_it_prints_the_same_after_a_restore(start: Start) -> None:
     await_text(machine, r"round 1 .*\n")
     machine.pause()
     checkpoint = machine.checkpoint()
-    last = "round %d " % (int(re.findall(r"round (\d+)", text(machine))[-1]) + 3)
+    printed_rounds = re.findall(r"round (\d+)", text(machine))
+    last = f"round {int(printed_rounds[-1]) + 3} "
     runs = []
     for _ in range(2):
         since = machine.board.serial_console.total
