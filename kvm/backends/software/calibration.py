@@ -52,6 +52,7 @@ _MARKERS: tuple[tuple[int, Any, Any], ...] = (
     (x86.UC_X86_REG_MXCSR, 0x1F90, lambda cpu: cpu.mxcsr),
     (x86.UC_X86_REG_FPCW, 0x27F, lambda cpu: cpu.fpuc),
     (x86.UC_X86_REG_FPSW, 0x1846, lambda cpu: cpu.fpus & ~0x3800 | cpu.fpstt << 11),
+    (x86.UC_X86_REG_FPTAG, 0xC30F, lambda cpu: sum(3 << 2 * number for number in range(8) if cpu.fptags[number])),
     (x86.UC_X86_REG_DR0, 0xDDDD_0000, lambda cpu: cpu.dr[0]),
     (x86.UC_X86_REG_DR6, 0xDDDD_0006, lambda cpu: cpu.dr[6]),
 )

@@ -45,7 +45,7 @@ _FIELDS: tuple[tuple[int, str, Any], ...] = (
     (604, "fpstt", _U32),
     (608, "fpus", _U16),
     (610, "fpuc", _U16),
-    (616, "fptags", _U8 * 8),
+    (612, "fptags", _U8 * 8),
     (624, "fpregs", (_U8 * 16) * 8),
     (752, "fpop", _U16),
     (760, "fpip", _U64),

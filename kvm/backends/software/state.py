@@ -28,6 +28,7 @@ _ATTRIBUTES = (
     ("type", 8, 0xF), ("s", 12, 1), ("dpl", 13, 3), ("present", 15, 1), ("avl", 20, 1), ("l", 21, 1), ("db", 22, 1),
     ("g", 23, 1),
 )  # fmt: skip
+_AVAILABLE_TSS, _BUSY = (0x1, 0x9), 0x2
 _CR0_NW, _CR0_CD = 1 << 29, 1 << 30
 _MXCSR_MASK = 0xFFFF
 _X87_SSE = 3
@@ -73,6 +74,9 @@ def get_sregs(cpu: Context, sregs: Sregs | Sregs2, apic_base: int, cr8: int) -> 
     for name, index in _SEGMENTS:
         setattr(sregs, name, _get_segment(cpu.segs[index]))
     sregs.tr, sregs.ldt = _get_segment(cpu.tr), _get_segment(cpu.ldt)
+    if sregs.tr.type in _AVAILABLE_TSS:
+        # The emulator's LTR marks the task busy in the GDT only; VM entry insists on busy here (SDM 3C, 27.3.1.2).
+        sregs.tr.type |= _BUSY
     for table, here in ((sregs.gdt, cpu.gdt), (sregs.idt, cpu.idt)):
         table.base, table.limit = here.base, here.limit
     sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4 = (cpu.cr[number] for number in (0, 2, 3, 4))
