@@ -802,15 +802,16 @@ FUNCTION count_under_lock               # increments [RDI] inside the critical s
     xor edx, edx
     mov [lock_owner], ecx
     mov r8d, [rdi]
-    pause
-    pause
+    mov r9d, 8                          # long enough for another to get in, if it could
+4:  dec r9d
+    jnz 4b
     inc r8d
     mov [rdi], r8d
     cmp [lock_owner], ecx
-    je 4f
+    je 5f
     mov eax, [lock_owner]
     mov edx, ecx
-4:  mov dword ptr [lock_owner], 0
+5:  mov dword ptr [lock_owner], 0
     mov dword ptr [lock_word], 0
     mov esi, offset name_lock_owner
     jmp compare
