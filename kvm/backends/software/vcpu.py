@@ -171,7 +171,7 @@ class SoftwareVcpu:
         scheduler = self.vm.scheduler
         scheduler.charge()
         if port in self.vm.ports:
-            with scheduler.attention():
+            with scheduler.changed:
                 return self.vm.port_in(port, size)
         assert self.bus is not None
         return self.bus.port_in(port, size)
@@ -180,7 +180,7 @@ class SoftwareVcpu:
         scheduler = self.vm.scheduler
         scheduler.charge()
         if port in self.vm.ports:
-            with scheduler.attention():
+            with scheduler.changed:
                 self.vm.port_out(port, size, value)
                 self._look_soon()
             return
@@ -192,7 +192,7 @@ class SoftwareVcpu:
         scheduler.charge()
         device = self._device(address)
         if device is not None:
-            with scheduler.attention():
+            with scheduler.changed:
                 return device.read(address & 0xFFF, size)
         assert self.bus is not None
         return self.bus.mmio_read(address, size)
@@ -202,7 +202,7 @@ class SoftwareVcpu:
         scheduler.charge()
         device = self._device(address)
         if device is not None:
-            with scheduler.attention():
+            with scheduler.changed:
                 device.write(address & 0xFFF, size, value)
                 self._look_soon()
             return
