@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -78,6 +78,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="no workstation: the guest's consoles on stdin and stdout (ctrl-a h for the keys)",
     )
+    machine.add_argument(
+        "--dump-registers",
+        action="store_true",
+        help="with --headless: at the end, all VCPUs' registers on stderr as QEMU's 'info registers -a' prints them",
+    )
+    machine.add_argument(
+        "--ledger",
+        metavar="FILE",
+        type=Path,
+        help="with --headless: write every move of VCPU state to FILE, which is replaced, a JSON object a line",
+    )
 
     demo = commands.add_parser("demo", parents=[machine], help="open the workstation on the demo guest")
     demo.set_defaults(command=_demo)
@@ -114,22 +125,37 @@ def _start(options: argparse.Namespace, image: Path, format: str, address: int |
     vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
     check_memory(memory)
     if not options.headless:
+        if options.dump_registers or options.ledger:
+            raise ConfigError("--dump-registers and --ledger go with --headless: add it, or leave them out.")
         from app.terminal import check_terminal
 
         check_terminal()
     with _machine(options.backend, vcpus, memory, image, format, address) as machine:
         if options.headless:
-            from app import headless
-
             if options.backend == "auto" and machine.system.name == "software":
                 print(
                     "vmdeck: KVM isn't usable here (vmdeck doctor says why): the software backend runs the guest.",
                     file=sys.stderr,
                 )
-            return headless.run(machine)
+            return _headless(machine, options.ledger, dump_registers=options.dump_registers)
         from app import session
 
         return session.run(machine)
+
+
+def _headless(machine: Machine, ledger: Path | None, *, dump_registers: bool) -> int:
+    from app import headless
+    from kvm.ledger_file import LedgerFile
+
+    with ExitStack() as ending:
+        if ledger is not None:
+            file = LedgerFile(machine.ledger, ledger)
+            ending.callback(lambda: print(f"vmdeck: {file.trouble}", file=sys.stderr) if file.trouble else None)
+            ending.enter_context(file)
+        code = headless.run(machine)
+        if dump_registers:
+            sys.stderr.write(machine.dump_registers())
+        return code
 
 
 @contextmanager

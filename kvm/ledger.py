@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
 from kvm.levels import WritebackLevel
 
@@ -42,6 +43,10 @@ class Record:
     microseconds: float
     skew_us: float
 
+    def as_json(self) -> str:
+        """One line, without its end: these fields under their names, ``level`` as "RUNTIME" and so on, or null."""
+        return json.dumps({**asdict(self), "level": self.level.name if self.level else None})
+
 
 class Ledger:
     """The newest ``limit`` records; older ones are forgotten, ``total`` still counts them. Any thread."""
@@ -49,6 +54,7 @@ class Ledger:
     def __init__(self, limit: int = 1000) -> None:
         self._records: deque[Record] = deque(maxlen=limit)
         self._lock = threading.Lock()
+        self._listeners: list[Callable[[Record], None]] = []
         self.total = 0
 
     @property
@@ -57,6 +63,14 @@ class Ledger:
         with self._lock:
             return tuple(self._records)
 
+    def listen(self, listener: Callable[[Record], None]) -> None:
+        """Call this with every record that is here, now, and every later one, in their order and on the thread that
+        made it: a VCPU's, mostly, so it must not block."""
+        with self._lock:
+            for record in self._records:
+                listener(record)
+            self._listeners.append(listener)
+
     def add(
         self, hook: str, level: WritebackLevel | None, caller: str, parts: Sequence[Part], began_ns: int, skew_us: float
     ) -> None:
@@ -64,6 +78,7 @@ class Ledger:
         microseconds = (time.monotonic_ns() - began_ns) / 1000
         with self._lock:
             self.total += 1
-            self._records.append(
-                Record(self.total, time.time_ns(), hook, level, caller, tuple(parts), microseconds, skew_us)
-            )
+            record = Record(self.total, time.time_ns(), hook, level, caller, tuple(parts), microseconds, skew_us)
+            self._records.append(record)
+            for listener in self._listeners:
+                listener(record)
