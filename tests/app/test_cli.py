@@ -86,21 +86,16 @@ def test_memory_that_cannot_be(image: str, size: str, why: str) -> None:
     assert why in refused("run", image, "--memory", size, *SOFTWARE)
 
 
-@pytest.mark.parametrize(
-    ("count", "why"),
-    [
-        ("abc", "not a number of VCPUs"),
-        ("1.5", "not a number of VCPUs"),
-        ("0", "1 to "),
-        ("-1", "1 to "),
-        ("10000", "1 to "),
-    ],
-)
+@pytest.mark.parametrize("count", ["0", "-1", "10000"])
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
-def test_vcpus_that_cannot_be(image: str, backend: str, count: str, why: str) -> None:
+def test_vcpus_that_cannot_be(image: str, backend: str, count: str) -> None:
     message = refused("run", image, "--vcpus", count, "--backend", backend, "--headless")
-    assert why in message
-    assert count in message
+    assert f"{count} VCPUs" in message
+    assert "1 to " in message
+
+
+def test_what_is_no_number_of_vcpus(image: str) -> None:
+    assert "not a number of VCPUs" in refused("run", image, "--vcpus", "abc", *SOFTWARE)
 
 
 @pytest.mark.parametrize("address", ["-1", "here", "0x1ffffffffffffffff"])
@@ -235,8 +230,15 @@ def test_the_workstation_opens_on_a_running_guest_and_q_quits(image: str, backen
         assert terminal.is_sane()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
+@pytest.mark.parametrize(
+    ("backend", "number"),
+    [
+        ("software", signal.SIGTERM),
+        ("software", signal.SIGINT),
+        ("software", signal.SIGHUP),
+        pytest.param("kvm", signal.SIGTERM, marks=pytest.mark.kvm),
+    ],
+)
 def test_a_signal_ends_the_workstation(image: str, backend: str, number: signal.Signals) -> None:
     with Terminal("run", image, *FLAT, "--backend", backend) as terminal:
         terminal.shows("RUNNING")

@@ -61,7 +61,7 @@ def read(process: subprocess.Popen[bytes], wanted: bytes) -> None:
 # How a guest ends
 
 
-@pytest.mark.parametrize(("value", "code"), [(0, 1), (0x15, 43), (0x7F, 255), (0xFF, 255)])
+@pytest.mark.parametrize(("value", "code"), [(0x15, 43), (0xFF, 255)])
 def test_exit_code_of_isa_debug_exit(guest: Guest, value: int, code: int) -> None:
     done = vmdeck(*guest.arguments(guests.print_and_exit(b"hello", value)))
     assert (done.returncode, done.stdout, done.stderr) == (code, b"hello", b"")
@@ -146,8 +146,11 @@ def test_the_other_keys(guest: Guest) -> None:
 # Signals and streams
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("code", [guests.SPIN, guests.HALT], ids=["busy", "halted"])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, guests.SPIN), (signal.SIGINT, guests.HALT), (signal.SIGHUP, guests.HALT)],
+    ids=["TERM-busy", "INT-halted", "HUP-halted"],
+)
 def test_a_signal_ends_it(guest: Guest, number: signal.Signals, code: bytes) -> None:
     process = start(*guest.arguments(guests.print_and_exit(b"!", 0)[:4] + code, vcpus=2))
     read(process, b"!")
@@ -208,7 +211,7 @@ def test_a_terminal_is_raw_meanwhile_and_sane_again(guest: Guest) -> None:
         assert terminal.is_sane()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_sane_terminal(guest: Guest, number: signal.Signals) -> None:
     with Terminal(*guest.arguments(guests.ECHO)) as terminal:
         terminal.expect(b">")
