@@ -6,19 +6,18 @@ from functools import cache
 
 import pytest
 
+from kvm.backends.choice import open_system
+from kvm.errors import BackendUnavailable
+
 _NEEDS_KVM = "needs KVM: "
 
 
 @cache
 def why_no_kvm() -> str:
     """Why the kernel backend can't run here; empty where it can."""
-    from kvm.errors import VmdeckError
-
     try:
-        from kvm.backends.kernel.system import KernelSystem
-
-        KernelSystem().close()
-    except (ImportError, VmdeckError) as error:
+        open_system("kvm").close()
+    except BackendUnavailable as error:
         return str(error)
     return ""
 
