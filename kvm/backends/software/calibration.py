@@ -11,11 +11,10 @@ import functools
 import sys
 from typing import Any
 
-import unicorn
 from unicorn import unicorn_const as const
 from unicorn import x86_const as x86
 from unicorn.unicorn_py3.arch.types import uc_context
-from unicorn.unicorn_py3.unicorn import uclib
+from unicorn.unicorn_py3.unicorn import Uc, uclib
 
 from kvm.backends.software import context
 from kvm.backends.software.context import Context
@@ -82,8 +81,8 @@ def _usable_size(pointer: int) -> int:
 
 def _fail(what: str) -> BackendUnavailable:
     return BackendUnavailable(
-        f"the software backend knows the insides of Unicorn {VERSION} only, and in this one ({unicorn.__version__}) "
-        f"{what} is not where it should be. Install the right one: pip install unicorn=={VERSION}"
+        f"the software backend knows the insides of Unicorn {VERSION} only, and in the one that is installed {what} is "
+        f"not where it should be. Install the right one: pip install unicorn=={VERSION}"
     )
 
 
@@ -93,9 +92,9 @@ def counter_offsets() -> tuple[int, int]:
 
     Raises BackendUnavailable if they, or a field of the saved context, can't be found.
     """
-    uc: Any = unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)  # type: ignore[no-untyped-call]
+    uc: Any = Uc(const.UC_ARCH_X86, const.UC_MODE_64)
     handle = uc._uch
-    saved = uc_context()
+    saved: Any = uc_context()
     uclib.uc_context_alloc(handle, ctypes.byref(saved))
     try:
         if uclib.uc_context_size(handle) != context.HEADER + context.SIZE:
@@ -118,7 +117,7 @@ def counter_offsets() -> tuple[int, int]:
 
 
 def _find_counters() -> tuple[int, int]:
-    uc: Any = unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)  # type: ignore[no-untyped-call]
+    uc: Any = Uc(const.UC_ARCH_X86, const.UC_MODE_64)
     uc.mem_map(0, 4096)
     uc.mem_write(0, b"\xeb\xfe")
     uc.emu_start(0, 4096, count=_BUDGET)

@@ -91,7 +91,7 @@ class Context(ctypes.LittleEndianStructure):
     _pack_ = 1
     _layout_ = "ms"
     _fields_ = _layout()
-    regs: ctypes.Array[_U64]
+    regs: ctypes.Array[ctypes.c_uint64]
     rip: int
     rflags: int
     hflags: int
@@ -101,18 +101,18 @@ class Context(ctypes.LittleEndianStructure):
     tr: Segment
     gdt: Segment
     idt: Segment
-    cr: ctypes.Array[_U64]
+    cr: ctypes.Array[ctypes.c_uint64]
     efer: int
     fpstt: int
     fpus: int
     fpuc: int
-    fptags: ctypes.Array[_U8]
-    fpregs: ctypes.Array[ctypes.Array[_U8]]
+    fptags: ctypes.Array[ctypes.c_uint8]
+    fpregs: ctypes.Array[ctypes.Array[ctypes.c_uint8]]
     fpop: int
     fpip: int
     fpdp: int
     mxcsr: int
-    zmm: ctypes.Array[ctypes.Array[_U8]]
+    zmm: ctypes.Array[ctypes.Array[ctypes.c_uint8]]
     sysenter_cs: int
     sysenter_esp: int
     sysenter_eip: int
@@ -125,7 +125,7 @@ class Context(ctypes.LittleEndianStructure):
     error_code: int
     exception_is_int: int
     exception_next_rip: int
-    dr: ctypes.Array[_U64]
+    dr: ctypes.Array[ctypes.c_uint64]
     old_exception: int
     vmcb: int
     intercept: int

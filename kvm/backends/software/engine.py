@@ -12,11 +12,10 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import unicorn
 from unicorn import unicorn_const as const
 from unicorn import x86_const as x86
 from unicorn.unicorn_py3.arch.types import uc_context
-from unicorn.unicorn_py3.unicorn import uclib
+from unicorn.unicorn_py3.unicorn import Uc, uclib
 
 from kvm.backends.software import context
 from kvm.backends.software.calibration import counter_offsets
@@ -86,14 +85,14 @@ class Engine:
 
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
-        self._uc: Any = unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)  # type: ignore[no-untyped-call]
-        self._handle = self._uc._uch
-        self._saved = uc_context()
+        self._uc: Any = Uc(const.UC_ARCH_X86, const.UC_MODE_64)
+        self._handle: Any = self._uc._uch
+        self._saved: Any = uc_context()
         uclib.uc_context_alloc(self._handle, ctypes.byref(self._saved))
-        self.cpu = Context.from_address(self._saved.value + context.HEADER)
-        counters = counter_offsets()
-        self._counter = ctypes.c_uint64.from_address(self._handle.value + counters[0])
-        self._budget = ctypes.c_uint64.from_address(self._handle.value + counters[1])
+        self.cpu = Context.from_address(int(self._saved.value or 0) + context.HEADER)
+        self._counter, self._budget = (
+            ctypes.c_uint64.from_address(int(self._handle.value or 0) + offset) for offset in counter_offsets()
+        )
         self._event = NOTHING
         self.error = ""
         """Why the emulator gave up, after a run that ended with GAVE_UP."""
@@ -247,8 +246,10 @@ class Engine:
         self._unprotected.clear()
 
     def close(self) -> None:
-        """Free the instance."""
-        if self._saved:
+        """Free the instance; ``cpu`` must not be touched any more."""
+        if self._uc is not None:
+            self._counter = self._budget = ctypes.c_uint64()
             uclib.uc_context_free(self._saved)
-            self._saved = uc_context()
+            # Its callbacks hold the object, so it would stay, with its code buffer, until a collection of cycles.
+            self._uc._Uc__finalizer()
             self._uc = None

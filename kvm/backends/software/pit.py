@@ -42,7 +42,7 @@ class Pit:
     def _elapsed(self, number: int) -> int:
         """Input clocks since the count was loaded."""
         elapsed = max(0, self._now() - self._state.channels[number].count_load_time)
-        return elapsed * FREQUENCY // _SECOND
+        return int(elapsed * FREQUENCY // _SECOND)
 
     def schedule(self) -> None:
         """Work out when channel 0 fires next."""
@@ -77,7 +77,7 @@ class Pit:
             2: elapsed > 0 and elapsed % channel.count == 0,
             3: elapsed % channel.count < channel.count + 1 >> 1,
         }
-        return by_mode.get(channel.mode, elapsed == channel.count)
+        return bool(by_mode.get(channel.mode, elapsed == channel.count))
 
     def _load_count(self, number: int, value: int) -> None:
         channel = self._state.channels[number]

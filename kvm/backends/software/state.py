@@ -46,6 +46,7 @@ def get_regs(cpu: Context) -> bytes:
 
 
 def put_regs(cpu: Context, raw: bytes) -> None:
+    """Set them from struct kvm_regs."""
     regs = Regs.from_buffer_copy(raw)
     for number, (name, _) in zip(_GENERAL, Regs._fields_[:16], strict=True):  # type: ignore[misc]
         cpu.regs[number] = getattr(regs, name)

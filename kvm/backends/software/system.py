@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
-from kvm.backends.interface import ExitKind, IoctlTrace, Vm
+from kvm.backends.interface import IoctlTrace, Vm
 from kvm.backends.software import cpuid, msr
-from kvm.backends.software.calibration import counter_offsets
-from kvm.backends.software.limits import LIMITS
+from kvm.backends.software.selfcheck import self_check
 from kvm.backends.software.state import Invalid
 from kvm.backends.software.vm import SoftwareVm
-from kvm.errors import BackendUnavailable, SubstateError
+from kvm.errors import SubstateError
 from kvm.x86.structs import (
     GUESTDBG_BLOCKIRQ,
     GUESTDBG_ENABLE,
@@ -59,12 +57,11 @@ class SoftwareSystem:
     name = "software"
 
     def __init__(self, *, slice_instructions: int = SLICE_INSTRUCTIONS) -> None:
-        counter_offsets()
         self.caps: Mapping[str, int] = MappingProxyType(_Caps(_CAPS))
         self.trace: list[IoctlTrace] | None = None
         self.fault: Callable[[str, str, int | None], int] | None = None
-        self.limits = LIMITS
         self._slice = slice_instructions
+        self_check(self)
 
     def msr_list(self) -> tuple[int, ...]:
         return msr.LISTED
@@ -103,11 +100,3 @@ class SoftwareSystem:
             except Invalid as invalid:
                 error, detail = invalid.errno, str(invalid)
         raise SubstateError(row.name, moved, ioctl, error, vcpu=vcpu, detail=detail)
-
-
-def self_check() -> None:
-    """Run a guest of three instructions. Raises BackendUnavailable with the reason if it doesn't do what it should."""
-    raise BackendUnavailable("not written yet")
-
-
-_ = mmap, ExitKind
