@@ -98,6 +98,7 @@ class Workstation(App[int]):
         self._seen_total = -1
         self._last_status: Status | None = None
         self._restored: int | None = None
+        self._usable: dict[str, bool | None] = {}
         self._outputs = (machine.board.serial_console, machine.board.debug_console)
         self._positions = [0, 0]
 
@@ -151,6 +152,8 @@ class Workstation(App[int]):
         too_small = columns < plan.MIN_COLUMNS or rows < plan.MIN_ROWS
         self._main.set_class(too_small, "-too-small")
         if too_small:
+            while self.screen is not self._main:  # the notice is what a person must see now
+                self.pop_screen()
             return
         wide = columns >= WIDE
         self.query_one("#top").set_class(wide, "-wide")
@@ -270,8 +273,7 @@ class Workstation(App[int]):
         if status is not self._last_status:
             self._last_status = status
             self._draw_banner(status)
-            self._draw_buttons()
-            self.refresh_bindings()
+            self._draw_keys()
         self.query_one(StatusLine).show(
             StatusValues(
                 phase=status.phase.value,
@@ -309,14 +311,18 @@ class Workstation(App[int]):
             self._arrange()
             self.call_after_refresh(self._draw)
 
-    def _draw_buttons(self) -> None:
+    def _draw_keys(self) -> None:
+        """Footer and buttons, where what works has changed: to build the footer anew is dear, and steps come fast."""
+        usable = {command.action: self.check_action(command.action.partition("(")[0], ()) for command in COMMANDS}
+        if usable == self._usable:
+            return
+        self._usable = usable
         for command in COMMANDS:
             if command.button:
-                name = command.action.partition("(")[0]
-                button = self.query_one(f"#button-{name}", Button)
-                usable = self.check_action(name, ())
-                button.display = usable is not False
-                button.disabled = usable is not True
+                button = self.query_one(f"#button-{command.action}", Button)
+                button.display = usable[command.action] is not False
+                button.disabled = usable[command.action] is not True
+        self.refresh_bindings()
 
     # Operations
 
@@ -353,8 +359,7 @@ class Workstation(App[int]):
         if message.error:
             self.notify(message.error, title=f"Can't {message.name}", severity="error", timeout=8, markup=False)
         self._draw()
-        self._draw_buttons()
-        self.refresh_bindings()
+        self._draw_keys()
         self._next_operation()
 
     def on_workstation_status_changed(self) -> None:
@@ -383,15 +388,12 @@ class Workstation(App[int]):
         self.operate("checkpoint", take)
 
     def action_restore(self) -> None:
-        if self.machine.checkpoints:
-            self._restore(self.machine.checkpoints[-1])
+        # The newest when its turn comes: the one being taken right now counts.
+        self.operate("restore", lambda: self._restore(self.machine.checkpoints[-1]))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        def restore() -> None:
-            self.machine.restore(checkpoint)
-            self._restored = checkpoint.number
-
-        self.operate("restore", restore)
+        self.machine.restore(checkpoint)
+        self._restored = checkpoint.number
 
     def _checkpoint(self, number: int) -> Checkpoint | None:
         return next((found for found in self.machine.checkpoints if found.number == number), None)
@@ -399,7 +401,7 @@ class Workstation(App[int]):
     def on_checkpoints_pane_chosen(self, message: CheckpointsPane.Chosen) -> None:
         checkpoint = self._checkpoint(message.number)
         if checkpoint:
-            self._restore(checkpoint)
+            self.operate("restore", partial(self._restore, checkpoint))
 
     def on_checkpoints_pane_forgotten(self, message: CheckpointsPane.Forgotten) -> None:
         checkpoint = self._checkpoint(message.number)
@@ -409,6 +411,8 @@ class Workstation(App[int]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         status = self.machine.status
         dead = status.phase is Phase.STOPPED and status.exit is not None and status.exit.kind is ExitKind.SHUTDOWN
+        if action in ("help", "command_palette") and self._laid_out and self._main.has_class("-too-small"):
+            return None
         if action == "pause":
             return status.phase is Phase.RUNNING
         if action == "run":
@@ -416,7 +420,8 @@ class Workstation(App[int]):
         if action in ("step", "step_all"):
             return None if dead else True
         if action == "restore":
-            return True if self.machine.checkpoints else None
+            coming = self._busy == "checkpoint" or any(waits.name == "checkpoint" for waits in self._waiting)
+            return True if self.machine.checkpoints or coming else None
         return True
 
     # The person
@@ -438,7 +443,7 @@ class Workstation(App[int]):
         if name != "vcpus":
             self._place = name
             self._share_place(not self._main.has_class("-tabbed"))
-        pane.focus()
+        self._main.set_focus(pane)  # at once: the next key is already the pane's
 
     def action_focus_next(self) -> None:
         self._cycle(1)
@@ -461,12 +466,18 @@ class Workstation(App[int]):
         self.machine.board.serial.feed(message.data)
 
     def on_console_pane_left(self) -> None:
-        self.query_one(VcpuArea).focus()
+        self._main.set_focus(self.query_one(VcpuArea))
 
     def action_help(self) -> None:
         from app.help import HelpScreen  # not needed for the first frame
 
         self.push_screen(HelpScreen())
+
+    def action_command_palette(self) -> None:
+        from app.palette import Palette  # not needed for the first frame
+
+        if not isinstance(self.screen, Palette):
+            self.push_screen(Palette(id="--command-palette"))
 
     def action_leave(self) -> None:
         """Quit with the guest's exit code, if it gave one."""

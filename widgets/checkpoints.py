@@ -116,7 +116,7 @@ class CheckpointsPane(LinePane, can_focus=True):
             (f"{entry.number:>3} ", "strong"),
             ("● " if entry.current else "  ", "good"),
             (f"{ago(entry.age):>5} ", "label"),
-            (f"{entry.pages:>6} pages ", "label"),
+            (f"{entry.pages:>6} pages " if width >= 50 else f"{entry.pages:>5}p ", "label"),
         ]
         rip = [*number(entry.rip, 16)] if width >= 50 else []
         room = width - sum(len(text) for text, _ in (*spans, *rip)) - 2

@@ -22,6 +22,8 @@ KEYS = {
     "ctrl+circumflex_accent": b"\x1e", "ctrl+underscore": b"\x1f",
 }  # fmt: skip
 """Named keys to what a VT100 sends. Function keys and PageUp/PageDown stay ours."""
+OURS = ("ctrl+p", "ctrl+q")
+"""The palette and the way out work while a person types at the guest."""
 
 _COLOURS = {"brown": "yellow", "brightbrown": "bright_yellow", "bfightmagenta": "bright_magenta"}
 """pyte's names of colours (and its typo) that aren't Rich's."""
@@ -29,6 +31,8 @@ _COLOURS = {"brown": "yellow", "brightbrown": "bright_yellow", "bfightmagenta": 
 
 def guest_bytes(key: str, character: str | None) -> bytes | None:
     """What the guest gets for a key as Textual names it; None if the key isn't the guest's."""
+    if key in OURS:
+        return None
     if key in KEYS:
         return KEYS[key]
     if key.startswith("ctrl+") and len(key) == 6 and key[5].isalpha():
@@ -114,6 +118,7 @@ class ConsolePane(LinePane, can_focus=True):
         self.redraw()
 
     def action_leave(self) -> None:
+        self.screen.set_focus(None)  # at once: the next key is no longer the guest's
         self.post_message(self.Left())
 
     def action_next_source(self) -> None:

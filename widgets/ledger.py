@@ -110,4 +110,4 @@ def _row(entry: LedgerEntry, width: int) -> Line:
     if width >= 100:
         spans.append((f"skew {duration(entry.skew_us)} " if entry.skew_us else " " * 12, "label"))
     room = width - width_of(spans) - 1
-    return (*spans, (cut(f"{entry.caller} {entry.moved}", room), "label"))
+    return (*spans, (cut(f"{entry.caller} {entry.moved}", room), "label")) if room >= 8 else tuple(spans)

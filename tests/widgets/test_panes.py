@@ -35,6 +35,8 @@ def body(pane: LinePane) -> str:
         ("ctrl+a", "\x01", b"\x01"),
         ("ctrl+c", "\x03", b"\x03"),
         ("ctrl+d", "\x04", b"\x04"),
+        ("ctrl+q", "\x11", None),
+        ("ctrl+p", "\x10", None),
         ("f2", None, None),
         ("f9", None, None),
         ("pageup", None, None),
@@ -57,8 +59,12 @@ async def test_while_focused_the_console_types_at_the_guest() -> None:
         await pilot.pause()
         assert host.heard == [b"two\rlines"]
         host.heard.clear()
-        await pilot.press("f2", "ctrl+right_square_bracket")
-        assert host.heard == ["left", "left"]
+        for leaving in ("f2", "ctrl+right_square_bracket"):
+            await pilot.press(leaving, "q")
+            assert host.heard == ["left"]
+            host.heard.clear()
+            pane.focus()
+            await pilot.pause()
 
 
 async def test_page_up_scrolls_back_and_what_is_read_stays_put() -> None:

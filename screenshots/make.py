@@ -1,0 +1,95 @@
+"""Make the README's pictures from the running app: ``python screenshots/make.py``.
+
+Each is a real machine with the demo guest, on KVM if it can be used here and on the software backend otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from app.workstation import Workstation  # noqa: E402
+from kvm.backends.choice import open_system  # noqa: E402
+from kvm.boot import loader  # noqa: E402
+from kvm.machine import Machine, MachineConfig, Phase  # noqa: E402
+
+DEMO = ROOT / "app" / "guests" / "demo.elf"
+MEMORY = 64 << 20
+LIMIT = 60.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is pressed before it's taken: keys, ``text=…`` is typed, ``output=…`` waits for the guest to say that."""
+
+    name: str
+    size: tuple[int, int]
+    vcpus: int
+    keys: tuple[str, ...]
+
+
+PICTURES = (
+    Picture("running", (120, 40), 4, ("output=round 6", "c", "output=round 9")),
+    Picture("stepping", (120, 40), 4, ("output=round 4", "c", "space", "s", "s", "s", "b", "s")),
+    Picture(
+        "wall", (200, 60), 4, ("output=round 4", "c", "output=round 8", "f2", "text=cpus", "enter", "output=cpu 3")
+    ),
+    Picture("sixteen", (80, 24), 16, ("output=round 3", "j", "j", "j", "j", "j", "output=round 5")),
+    Picture("crash", (100, 30), 2, ("output=round 3", "c", "f2", "text=crash triple", "enter", "stopped", "f2")),
+    Picture("help", (100, 44), 4, ("question_mark",)),
+)
+
+
+async def take(picture: Picture, machine: Machine) -> str:
+    """The SVG."""
+    app = Workstation(machine)
+    async with app.run_test(size=picture.size) as pilot:
+        machine.run()
+
+        async def until(condition: Callable[[], bool]) -> None:
+            async with asyncio.timeout(LIMIT):
+                while not condition():
+                    await pilot.pause(0.02)
+
+        def said() -> bytes:
+            return machine.board.serial_console.since(0)[0]
+
+        for key in picture.keys:
+            verb, _, text = key.partition("=")
+            if verb == "output":
+                await until(lambda text=text: text.encode() in said())  # type: ignore[misc]
+            elif verb == "stopped":
+                await until(lambda: machine.status.phase is Phase.STOPPED)
+            elif verb == "text":
+                machine.board.serial.feed(text.encode())
+            else:
+                app.simulate_key(key)
+            await pilot.pause(0.3)
+        await pilot.pause(0.3)
+        return app.export_screenshot(title="vmdeck")
+
+
+def main() -> None:
+    """Take them all, or those named on the command line."""
+    for picture in PICTURES:
+        if sys.argv[1:] and picture.name not in sys.argv[1:]:
+            continue
+        system = open_system("auto")
+        try:
+            with Machine(system, loader.load(DEMO, memory=MEMORY), MachineConfig(picture.vcpus, MEMORY)) as machine:
+                svg = asyncio.run(take(picture, machine))
+        finally:
+            system.close()
+        path = Path(__file__).parent / f"{picture.name}.svg"
+        path.write_text(svg, encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
