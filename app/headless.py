@@ -57,6 +57,8 @@ class _Headless:
         board = machine.board
         self._consoles = [board.serial_console, board.debug_console]
         self._positions = [0 for _ in self._consoles]
+        self._debug = b""
+        """Debug output that waits for the serial line to end."""
         self._output = bytearray()
         self._held = False
         self._escaped = False
@@ -77,19 +79,27 @@ class _Headless:
             status = self._machine.status  # before the output: what the guest wrote before it ended is in the consoles
             self._collect()
             if self._signals:
+                self._output += self._debug
                 self._write_what_fits()
                 return 128 + self._signals[0], None
             ended = self._quit or status.phase in _ENDED
-            if ended and not self._output:
+            if ended and not self._output and not self._debug:
                 return (0, None) if self._quit else _ENDED[status.phase](status)
             self._throttle(status)
             if not self._sleep(typing=not ended):
                 return 128 + self._gone, None
 
     def _collect(self) -> None:
-        for index, console in enumerate(self._consoles):
-            data, self._positions[index] = console.since(self._positions[index])
-            self._output += data
+        """Debug output goes between lines of the serial console's: KVM gathers it, so it comes late."""
+        (serial, self._positions[0]), (debug, self._positions[1]) = (
+            console.since(position) for console, position in zip(self._consoles, self._positions, strict=True)
+        )
+        self._debug += debug
+        line_end = serial.rfind(b"\n") + 1
+        if line_end or not serial:
+            serial = serial[:line_end] + self._debug + serial[line_end:]
+            self._debug = b""
+        self._output += serial
 
     def _throttle(self, status: Status) -> None:
         """A guest that writes faster than stdout's reader reads is paused meanwhile."""
