@@ -45,8 +45,10 @@ IDLE = 8
 STALE_NS = 1_000_000_000
 QUEUED = 16
 """Operations that may wait for their turn; keys pressed beyond that are dropped."""
-OUTPUT = 16 << 10
-"""Bytes of console output that one frame takes; of a longer backlog the older part is left out, and said so."""
+OUTPUT = 6 << 10
+"""Bytes of console output that one frame takes: a third of its time."""
+BACKLOG = 256 << 10
+"""Of output that lies further behind, the older part is left out, and the console says so."""
 SHOWN_RECORDS = 200
 WIDE = 130
 """Columns from which the buttons stand beside the status."""
@@ -187,7 +189,8 @@ class Workstation(App[int]):
 
     def _tick(self) -> None:
         self._ticks += 1
-        if self.machine.status.phase is Phase.RUNNING or self._ticks % IDLE == 0:
+        behind = any(output.total > at for output, at in zip(self._outputs, self._positions, strict=True))
+        if behind or self.machine.status.phase is Phase.RUNNING or self._ticks % IDLE == 0:
             self._draw()
 
     def _draw(self) -> None:
@@ -235,13 +238,13 @@ class Workstation(App[int]):
     def _draw_console(self) -> None:
         pane = self.query_one(ConsolePane)
         for index, output in enumerate(self._outputs):
-            behind = output.total - self._positions[index]
-            if behind > 4 * OUTPUT:
-                skipped = behind - OUTPUT
-                self._positions[index] += skipped
+            data, end = output.since(self._positions[index])
+            skipped = end - self._positions[index] - OUTPUT
+            if skipped > BACKLOG:
                 pane.write(index, f"\x1b[0m\r\n[… {skipped} bytes left out …]\r\n".encode())
-            data, self._positions[index] = output.since(self._positions[index])
-            pane.write(index, data)
+                data = data[-OUTPUT:]
+            self._positions[index] = end - max(len(data) - OUTPUT, 0)
+            pane.write(index, data[:OUTPUT])
 
     def _draw_ledger(self) -> None:
         pane = self.query_one(LedgerPane)

@@ -280,6 +280,16 @@ async def test_typing_goes_to_the_guest_and_nowhere_else(desk) -> None:  # type:
         assert at.app.focused.id == "vcpus"
 
 
+async def test_a_flood_of_output_is_taken_in_bites_to_its_end(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.FLOOD) as at:
+        await at.press("space")
+        await at.until(lambda: at.phase is Phase.EXITED)
+        written = at.machine.board.serial_console.total
+        assert written == guests.FLOOD_BYTES
+        await at.until(lambda: at.app._positions[0] == written)
+        assert "xxxx" in at.text(ConsolePane)
+
+
 async def test_the_debug_console_is_shown_and_can_be_switched(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(guests.PRINT_AND_SPIN) as at:
         await at.press("space")
