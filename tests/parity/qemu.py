@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -25,8 +27,13 @@ def why_no_qemu() -> str:
     return "" if shutil.which(PROGRAM) else f"{PROGRAM} isn't installed; on Debian: apt-get install qemu-system-x86"
 
 
+def _die_with_us() -> None:
+    """In the child: SIGKILL when the thread that started it dies, so that a test run that is killed leaves no QEMU."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 class Qemu:
-    """A QEMU, stopped before its first instruction (``-S``). Leaving the context ends it, and it never outlives us.
+    """A QEMU, stopped before its first instruction (``-S``). Leaving the context ends it.
 
     ``wrapper`` is a command to run it under, as strace.
     """
@@ -50,7 +57,7 @@ class Qemu:
         with self._said.open("wb") as said:
             self._process = subprocess.Popen(
                 [*wrapper, PROGRAM, *machine, *control, *arguments],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=_die_with_us,
             )  # fmt: skip
         self._pid = folder / "pid"
         self._ending.callback(self._end)
@@ -70,7 +77,7 @@ class Qemu:
         """By QEMU's own pid: the process that we started may be a wrapper."""
         if self._process.poll() is None:
             with contextlib.suppress(OSError, ValueError):
-                os.kill(int(self._pid.read_text()), 9)
+                os.kill(int(self._pid.read_text()), signal.SIGKILL)
             try:
                 self._process.wait(LIMIT)
             except subprocess.TimeoutExpired:

@@ -2,7 +2,7 @@
 # register, and stays there. The byte at 8 says which; the places where it stays are fixed, at the end.
 #
 #   0 real mode            3 32-bit code in long mode          6 HLT in 64-bit mode, interrupts off
-#   1 32-bit, no paging    4 64-bit, CPL3, x87 and SSE         7 an AP started by INIT and SIPI, in real mode
+#   1 32-bit, no paging    4 64-bit, CPL3, x87 and SSE         7 APs started by INIT and SIPI, in real mode
 #   2 64-bit, CPL0         5 as 4, with XCR0 (its low byte) from the byte at 9; the byte at 10: load 1 YMM, 2 also ZMM
 #
 # RAM used: page tables at 0x1000-0x3fff, descriptors at 0x6000, TSS at 0x6800, stack below 0x8000.
@@ -145,13 +145,11 @@ known32:
 
 start_ap:                               # the three messages of SDM vol. 3, 9.4.4; the AP's state tells if they came
     mov dword ptr [0xfee000f0], 0x1ff
-    mov dword ptr [0xfee00310], 0x01000000
-    mov dword ptr [0xfee00300], 0x4500
+    mov dword ptr [0xfee00300], 0xc4500 # to all but this one
     mov ecx, 100000
 1:  dec ecx
     jnz 1b
-    mov dword ptr [0xfee00310], 0x01000000
-    mov dword ptr [0xfee00300], 0x46f0
+    mov dword ptr [0xfee00300], 0xc46f0
     jmp known32
 
 to_long:
