@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+from kvm.levels import WritebackLevel
+
 
 class VmdeckError(Exception):
     """The root of all errors that vmdeck raises on purpose; the command line exits with 2 on it."""
@@ -51,12 +53,45 @@ class KvmError(VmdeckError):
 class SubstateError(KvmError):
     """A get or put of one substate failed; those before it in the batch were moved, it and the rest were not.
 
-    ``moved`` counts the substates of the batch that were moved.
+    ``moved`` counts the substates of the batch that were moved; ``level`` is the put's, None for a get.
     """
 
     def __init__(
-        self, substate: str, moved: int, ioctl: str, errno: int, *, vcpu: int | None = None, detail: str = ""
+        self,
+        substate: str,
+        moved: int,
+        ioctl: str,
+        errno: int,
+        *,
+        vcpu: int | None = None,
+        detail: str = "",
+        level: WritebackLevel | None = None,
     ) -> None:
-        super().__init__(ioctl, errno, vcpu=vcpu, detail=f"{substate}, {detail}" if detail else substate)
+        about = (substate, detail, f"at level {level.name}" if level else "")
+        super().__init__(ioctl, errno, vcpu=vcpu, detail=", ".join(filter(None, about)))
         self.substate = substate
         self.moved = moved
+        self.level = level
+        self._about = detail
+
+    def at(self, level: WritebackLevel) -> SubstateError:
+        """The same error, of a put at this level."""
+        return SubstateError(
+            self.substate, self.moved, self.ioctl, self.errno, vcpu=self.vcpu, detail=self._about, level=level
+        )
+
+
+class SnapshotError(VmdeckError):
+    """A snapshot file can't be written, read or taken; what it was to replace is as it was."""
+
+
+class SnapshotCancelled(SnapshotError):
+    """Whoever asked for it has called it off."""
+
+
+class SnapshotMismatch(SnapshotError):
+    """A state can't be carried over whole. ``losses`` lists, a line each, what would be dropped."""
+
+    def __init__(self, message: str, losses: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.losses = losses

@@ -17,7 +17,8 @@ class Part:
     """One VCPU's part of a hook, done on its own thread.
 
     ``skipped``: substates that the level allows and that were left alone because their bytes hadn't changed.
-    ``ioctls`` counts those made for state; ``began_ns`` is CLOCK_MONOTONIC.
+    ``ioctls`` counts those made for state; ``began_ns`` is CLOCK_MONOTONIC. ``error`` says why it ended half-way: what
+    stands here was moved, the rest was not.
     """
 
     vcpu: int
@@ -27,6 +28,7 @@ class Part:
     ioctls: int = 0
     began_ns: int = 0
     microseconds: float = 0.0
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from kvm.vcpu import Vcpu
 
+    _Done = tuple[Part, SubstateError | None]
+    """One VCPU's part, and what ended it half-way."""
+
 __all__ = [
     "WritebackLevel",
     "before_run",
@@ -49,15 +52,15 @@ def cpu_synchronize_state(vcpu: Vcpu, *, ledger: Ledger, caller: str) -> None:
     """
     began = time.monotonic_ns()
     if not vcpu.dirty:
-        part = vcpu.run_on(lambda: _get(vcpu))
-        ledger.add("cpu_synchronize_state", None, caller, (part,), began, 0.0)
+        done = vcpu.run_on(lambda: _get(vcpu))
+        _record(ledger, "cpu_synchronize_state", None, caller, (done,), began)
 
 
 def cpu_synchronize_all_states(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
     """:func:`cpu_synchronize_state` for every VCPU. Raises SubstateError."""
     began = time.monotonic_ns()
-    parts = _on_all(vcpus, _get)
-    ledger.add("cpu_synchronize_all_states", None, caller, parts, began, skew_us)
+    done = _on_all(vcpus, _get)
+    _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
 def cpu_synchronize_all_post_reset(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
@@ -88,18 +91,34 @@ def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
     """On the VCPU's own thread, before KVM_RUN: give a dirty copy back at RUNTIME. Raises SubstateError."""
     if vcpu.dirty or vcpu.ours_changed():
         began = time.monotonic_ns()
-        part = _put(vcpu, WritebackLevel.RUNTIME)
-        ledger.add("before_run", WritebackLevel.RUNTIME, "run", (part,), began, 0.0)
+        done = _put(vcpu, WritebackLevel.RUNTIME)
+        _record(ledger, "before_run", WritebackLevel.RUNTIME, "run", (done,), began)
 
 
 def _give_back(hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    parts = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
-    ledger.add(hook, level, caller, parts, began, 0.0)
+    done = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    _record(ledger, hook, level, caller, done, began)
 
 
-def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], Part]) -> list[Part]:
+def _record(
+    ledger: Ledger,
+    hook: str,
+    level: WritebackLevel | None,
+    caller: str,
+    done: Sequence[_Done],
+    began: int,
+    skew_us: float = 0.0,
+) -> None:
+    """What was moved stands in the ledger, whether all went well or not; then the first error is raised."""
+    ledger.add(hook, level, caller, [part for part, _ in done], began, skew_us)
+    for _, error in done:
+        if error is not None:
+            raise error
+
+
+def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], _Done]) -> list[_Done]:
     """Run each VCPU's part on its thread, all at once; every part is waited for before an error is raised."""
     waiting = [vcpu.post(lambda vcpu=vcpu: part(vcpu)) for vcpu in vcpus]  # type: ignore[misc]
     outcomes = [reply.outcome() for reply in waiting]
@@ -111,18 +130,36 @@ def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
     assert not running, f"VCPUs {running} run while all must be stopped"
 
 
-def _get(vcpu: Vcpu) -> Part:
+def _get(vcpu: Vcpu) -> _Done:
     if vcpu.dirty:
-        return Part(vcpu.index)
+        return Part(vcpu.index), None
     began = time.monotonic_ns()
     rows = vcpu.table.get_order
-    fetched = dict(zip((row.name for row in rows), vcpu.fd.get(rows), strict=True))
-    vcpu.take(fetched)
+    names = tuple(row.name for row in rows)
+    try:
+        fetched = vcpu.fd.get(rows)
+    except SubstateError as error:  # none of it is used: the kernel still owns the state
+        return _part(vcpu, began, read=names[: error.moved], ioctls=error.moved + 1, error=str(error)), error
+    vcpu.take(dict(zip(names, fetched, strict=True)))
     vcpu.dirty = True
-    return Part(vcpu.index, tuple(fetched), (), (), len(rows), began, (time.monotonic_ns() - began) / 1000)
+    return _part(vcpu, began, read=names, ioctls=len(rows)), None
 
 
-def _put(vcpu: Vcpu, level: WritebackLevel) -> Part:
+def _part(
+    vcpu: Vcpu,
+    began: int,
+    *,
+    read: tuple[str, ...] = (),
+    written: tuple[str, ...] = (),
+    skipped: tuple[str, ...] = (),
+    ioctls: int,
+    error: str = "",
+) -> Part:
+    microseconds = (time.monotonic_ns() - began) / 1000
+    return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error)
+
+
+def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
     """Write what the table says for this level: at RUNTIME only rows whose bytes changed, and those that must follow.
 
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
@@ -138,14 +175,20 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> Part:
         if changed or (row.name in again and any(raw)) or (level > WritebackLevel.RUNTIME and row.get is not None):
             batch.append((row, row.at(raw, level)))
             again.update(row.then)
+    written = tuple(row.name for row, _ in batch)
     try:
         if batch:
             vcpu.fd.put(batch)
-    except SubstateError as error:
-        vcpu.known.update((row.name, vcpu.copy[row.name]) for row, _ in batch[: error.moved])
-        raise
-    written = tuple(row.name for row, _ in batch)
+    except SubstateError as failure:
+        error = failure.at(level)
+        moved, rest = written[: error.moved], written[error.moved :]
+        vcpu.known.update((name, vcpu.copy[name]) for name in moved)
+        for name in rest:
+            # The one that failed may have been written in part (MSRs), and one that had to follow another still has
+            # to, though its own bytes are the same: a retry must not skip them.
+            vcpu.known.pop(name, None)
+        return _part(vcpu, began, written=moved, ioctls=error.moved + 1, error=str(error)), error
     vcpu.gave_back(written, level)
     vcpu.dirty = False
     skipped = tuple(row.name for row in allowed if row.name not in written)
-    return Part(vcpu.index, (), written, skipped, len(batch), began, (time.monotonic_ns() - began) / 1000)
+    return _part(vcpu, began, written=written, skipped=skipped, ioctls=len(batch)), None

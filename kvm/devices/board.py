@@ -56,15 +56,19 @@ class Board:
         with self.bus.lock:
             return {name: device.save() for name, device in self.devices.items()}
 
-    def load(self, state: Mapping[str, bytes]) -> None:
-        """Take what ``save`` gave. Raises VmdeckError, having changed nothing, if anything of it is damaged."""
+    def check(self, state: Mapping[str, bytes]) -> None:
+        """Raise VmdeckError if this isn't what ``save`` gives, or is damaged."""
         if state.keys() != self.devices.keys():
             raise VmdeckError(
                 f"The saved state has the devices {', '.join(sorted(state))}; this machine has "
                 f"{', '.join(sorted(self.devices))}. Use a snapshot of this version of vmdeck."
             )
+        for name, device in self.devices.items():
+            device.check(state[name])
+
+    def load(self, state: Mapping[str, bytes]) -> None:
+        """Take what ``save`` gave. Raises VmdeckError, having changed nothing, if anything of it is damaged."""
+        self.check(state)
         with self.bus.lock:
-            for name, device in self.devices.items():
-                device.check(state[name])
             for name, device in self.devices.items():
                 device.load(state[name])
