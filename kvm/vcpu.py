@@ -119,6 +119,7 @@ class Vcpu:
         self._on_stop = on_stop
         self._step_control = step_control
         self._settled: Sample | None = None
+        self._resumed = False
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"vcpu{fd.index}", daemon=True)
         self._thread.start()
@@ -176,6 +177,7 @@ class Vcpu:
 
     def _resume(self) -> None:
         self.stop_reason = ""
+        self._resumed = True
         self.running = True
 
     def _stop(self) -> int:
@@ -200,6 +202,9 @@ class Vcpu:
 
     def _run_guest(self) -> None:
         try:
+            if self._resumed:
+                self.fd.kvmclock_ctrl()
+                self._resumed = False
             sync.before_run(self, ledger=self._ledger)
             ended: Exit | VmdeckError = self.fd.run(self._bus)
         except VmdeckError as error:

@@ -110,6 +110,11 @@ class VcpuFd(Protocol):
     def run(self, bus: Bus) -> Exit:
         """Run the guest, serving port I/O and MMIO through ``bus``, until the machine must know of something."""
 
+    def kvmclock_ctrl(self) -> None:
+        """Before the run that follows a pause: tell a guest with kvmclock that it was stopped, so that its watchdog
+        doesn't take the time for a lockup (KVM_KVMCLOCK_CTRL). Nothing where there is no kvmclock. Raises KvmError.
+        """
+
     def kick(self) -> None:
         """Make ``run`` return KICKED soon, or at once if it isn't entered yet. Any thread; never blocks."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -90,6 +91,15 @@ class KernelVcpuFd:
         """Queue an NMI (KVM_NMI). Raises KvmError."""
         self._check_owner()
         self._fd.call("KVM_NMI")
+
+    def kvmclock_ctrl(self) -> None:
+        self._check_owner()
+        if self._vm.system.caps["KVM_CAP_KVMCLOCK_CTRL"]:
+            try:
+                self._fd.call("KVM_KVMCLOCK_CTRL")
+            except KvmError as error:
+                if error.errno != errno.EINVAL:  # EINVAL: the guest hasn't enabled kvmclock
+                    raise
 
     def run(self, bus: Bus) -> Exit:
         self._check_owner()

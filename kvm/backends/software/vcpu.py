@@ -132,6 +132,9 @@ class SoftwareVcpu:
             finally:
                 self.engine.commit(flush=True)
 
+    def kvmclock_ctrl(self) -> None:
+        """There is no kvmclock here."""
+
     def run(self, bus: Bus) -> Exit:
         self._own()
         fault = self.vm.system.note("KVM_RUN", "", self.index)
