@@ -108,7 +108,7 @@ class Vcpu:
         self.table = table
         self.copy: dict[str, bytes] = {row.name: row.template for row in table.put_order}
         """Every substate's bytes; the truth while ``dirty``, and always for the rows that KVM can't read back."""
-        self.known: dict[str, bytes] = {}
+        self.known: dict[str, bytes] = {name: self.copy[name] for name in table.ours}
         """What the kernel holds, as far as it is known: as fetched, or as last written. Valid as ``copy`` is."""
         self.dirty = False
         self.running = False
@@ -120,6 +120,8 @@ class Vcpu:
         self._step_control = step_control
         self._settled: Sample | None = None
         self._resumed = False
+        self._asked: tuple[int, bool, bool] | None = None
+        """The last request for a sample: the newest one's number before it, did the VCPU wait at that one, and now?"""
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"vcpu{fd.index}", daemon=True)
         self._thread.start()
@@ -237,9 +239,7 @@ class Vcpu:
 
     def ours_changed(self) -> bool:
         """Does a row that KVM can't read back differ from what the kernel was last given?"""
-        return any(
-            self.known.get(name, self.table.by_name[name].template) != self.copy[name] for name in self.table.ours
-        )
+        return any(self.known.get(name) != self.copy[name] for name in self.table.ours)
 
     def gave_back(self, written: tuple[str, ...], level: WritebackLevel) -> None:
         """The kernel now holds these rows of the copy; what it holds is also what there is to see until it runs on."""
@@ -247,6 +247,13 @@ class Vcpu:
         if self.dirty:
             self.last_put = level
             self._settled = self._sample_of_copy()
+
+    def request_sample(self) -> None:
+        """Ask the running VCPU for a sample, and note what it interrupts. Any thread; never blocks."""
+        newest = self.fd.sample()
+        before = newest.sequence if newest else 0
+        self._asked = (before, self._waited(before), bool(self.fd.waiting()))
+        self.fd.request_sample()
 
     def view(self) -> VcpuView:
         """What is known now. Any thread; never blocks."""
@@ -277,7 +284,7 @@ class Vcpu:
     def _activity(self, sample: Sample) -> Activity:
         if not self.running:
             return Activity.STOPPED
-        if not self.fd.waiting():
+        if not self._waited(sample.sequence):
             return Activity.RUNNING
         if self.index and sample.regs:
             # Only INIT leaves a VCPU at the reset vector, and only a waiting one stays there.
@@ -285,6 +292,13 @@ class Vcpu:
             if rip == 0xFFF0 and Sregs.from_buffer_copy(sample.sregs).cs.base == 0xFFFF0000:
                 return Activity.WAIT_SIPI
         return Activity.HALTED
+
+    def _waited(self, sequence: int) -> bool:
+        """Did the VCPU wait when this sample was taken? What it does now may not go with the registers shown."""
+        if self._asked is None:
+            return bool(self.fd.waiting())
+        before, waited_before, waits = self._asked
+        return waits if sequence > before else waited_before
 
 
 def step_control(guest_debug2: int) -> int:

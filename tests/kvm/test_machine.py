@@ -45,7 +45,8 @@ def test_runs_samples_and_pauses(system: System, tmp_path: Path) -> None:
         machine.run()
         first = sampled(machine).rax
         until(lambda: sampled(machine).rax != first)
-        until(lambda: machine.view(1).activity is Activity.WAIT_SIPI)
+        assert sampled(machine, 1).rip == 0xFFF0
+        until(lambda: sampled(machine, 1) and machine.view(1).activity is Activity.WAIT_SIPI)
         assert machine.view(0).activity is Activity.RUNNING
         machine.pause()
         assert {machine.view(i).activity for i in (0, 1)} == {Activity.STOPPED}
@@ -67,7 +68,7 @@ def test_sampling_never_synchronises(system: System, tmp_path: Path) -> None:
 def test_halted_is_seen(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, HLT) as machine:
         machine.run()
-        until(lambda: machine.view(0).activity is Activity.HALTED)
+        until(lambda: sampled(machine) and machine.view(0).activity is Activity.HALTED)
 
 
 def test_step_executes_one_instruction(system: System, tmp_path: Path) -> None:
