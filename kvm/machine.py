@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from types import TracebackType
@@ -23,7 +23,12 @@ from kvm.errors import ConfigError, KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
 from kvm.memory import Memory
+from kvm.snapshot.chain import open_chain
+from kvm.snapshot.contents import Index
+from kvm.snapshot.file import Progress, Snapshot, Written
+from kvm.snapshot.files import MachineFiles, Mapped
 from kvm.snapshot.pages import PageStore
+from kvm.snapshot.replace import StrPath
 from kvm.snapshot.state import Checkpoint, MachineState, check
 from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, layout, registers, reset
@@ -111,6 +116,9 @@ class Machine:
         self._checkpoints: list[Checkpoint] = []
         self._last_number = 0
         self._came_from: int | None = None
+        self._half_done = ""
+        """The reset or load that is under way, or that failed half-way: the guest must not run on what it left."""
+        self._ran = False
         self._vm = system.create_vm()
         try:
             self._build()
@@ -125,6 +133,7 @@ class Machine:
         self._vm.create_irqchip()
         self.memory = Memory(self._vm, self.config.memory, self.image.rom)
         self._pages = PageStore(self.memory)
+        self.files = MachineFiles(self._pages)
         self.board = Board(self, memory=self.config.memory, vcpus=self.config.vcpus)
         for port, size in self.board.coalesced_ports:
             self._vm.coalesce(port, size)
@@ -175,7 +184,7 @@ class Machine:
         """Ask every running VCPU for a sample and hand coalesced output on. Any thread; never blocks on a VCPU."""
         for vcpu in self.vcpus:
             if vcpu.running:
-                vcpu.fd.request_sample()
+                vcpu.request_sample()
         self._vm.drain(self.board.bus)
 
     def view(self, vcpu: int) -> VcpuView:
@@ -186,7 +195,7 @@ class Machine:
 
     def run(self) -> None:
         """Let the guest run on. Raises MachineError after a triple fault: only a reset or a restore helps then."""
-        with self._operation("run"):
+        with self._operation("run", whole=True):
             if self._status.exit is not None and self._status.exit.kind is ExitKind.SHUTDOWN:
                 raise MachineError(
                     "Can't run: the guest has shut down (triple fault). Reset it or restore a checkpoint."
@@ -205,19 +214,21 @@ class Machine:
 
         A VCPU that waits (HLT, wait-for-SIPI) doesn't step: its exit is KICKED. Raises MachineError, KvmError.
         """
-        with self._operation("step"):
+        with self._operation("step", whole=True):
             self._stop_all()
+            self._ran = True
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
             epoch = self._epoch
             replies = [(target, target.step()) for target in targets]
-            exits = []
+            outcomes = []
             for target, reply in replies:
                 try:
                     outcome = reply.outcome(STEP_LIMIT)
                 except MachineError:
                     target.interrupt_step()
                     outcome = reply.outcome()
-                exits.append(outcome())
+                outcomes.append(outcome)
+            exits = [outcome() for outcome in outcomes]  # it may raise: only when none of them steps any more
             self._set_status(Status(Phase.PAUSED, "stepped"))
             for target, ended in zip(targets, exits, strict=True):
                 if ended.kind is ExitKind.KICKED:
@@ -235,10 +246,11 @@ class Machine:
             skew = self._stop_all()
             self._epoch += 1
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
-            self._board_reset()
-            self._load_image()
-            self._reset_copies()
-            sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
+            with self._all_or_stopped("reset"):
+                self._board_reset()
+                self._load_image()
+                self._reset_copies()
+                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
             self._came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
             if was_running:
@@ -246,7 +258,7 @@ class Machine:
 
     def save(self) -> MachineState:
         """The state without memory; pauses, and leaves the machine paused. Devices first, then the VCPUs."""
-        with self._operation("save"):
+        with self._operation("save", whole=True):
             return self._save(self._pause_for("save"))
 
     def load(self, state: MachineState) -> None:
@@ -263,15 +275,10 @@ class Machine:
 
     def checkpoint(self, name: str = "") -> Checkpoint:
         """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
-        with self._operation("checkpoint"):
+        with self._operation("checkpoint", whole=True):
             was_running = self._status.phase is Phase.RUNNING
             state = self._save(self._stop_all())
-            try:
-                index, pages = self._pages.take()
-            except MemoryError:
-                raise MachineError(
-                    "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
-                ) from None
+            index, pages = self._take_pages()
             self._last_number += 1
             checkpoint = Checkpoint(
                 number=self._last_number,
@@ -309,7 +316,92 @@ class Machine:
             if checkpoint not in self._checkpoints:
                 raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
             self._checkpoints.remove(checkpoint)
-            self._pages.keep_only(kept.index for kept in self._checkpoints)
+            self._free_pages()
+
+    def save_file(
+        self,
+        path: StrPath,
+        *,
+        name: str = "",
+        note: str = "",
+        why: str = "asked for",
+        incremental: bool = False,
+        progress: Progress = lambda done, total: None,
+        cancel: threading.Event | None = None,
+    ) -> Written:
+        """Save the machine to a file, an ELF core (kvm/snapshot/FORMAT.md). The guest stands only while its state and
+        the pages that it has changed are copied; it runs on while they are written.
+
+        ``incremental``: only what changed since the file that the machine was last saved to or loaded from.
+        Raises SnapshotError, SnapshotCancelled: what was at ``path`` is as it was.
+        """
+        with self._operation("save to a file", whole=True):
+            self.files.check_target(path, incremental=incremental)
+            parent = self.files.saved if incremental else None
+            was_running = self._status.phase is Phase.RUNNING
+            state = self._save(self._stop_all())
+            index, _ = self._take_pages()
+            self._pages.hold(index)
+            snapshot = Snapshot(
+                self.config.memory, self.system.name, time.time(), why, name, note, state,
+                self._pages.contents(index), self._rom(), self.image,
+            )  # fmt: skip
+            if was_running:
+                self._resume()
+        try:
+            return self.files.write(path, snapshot, parent, progress, cancel, self._lock)
+        finally:
+            with self._lock:
+                self._free_pages()
+
+    def load_file(
+        self,
+        path: StrPath,
+        *,
+        drop: bool = False,
+        verify: bool = False,
+        progress: Progress = lambda done, total: None,
+        cancel: threading.Event | None = None,
+    ) -> tuple[str, ...]:
+        """Become the machine in a file; the guest goes on if it ran. What was lost on the way, if ``drop`` allows that.
+
+        Memory is mapped, and checked meanwhile (the machine stops if it's damaged), or before all if ``verify``.
+        Raises SnapshotError, SnapshotMismatch, KvmError: the machine is as it was.
+        """
+        with ExitStack() as stack:
+            chain = stack.enter_context(open_chain(path))
+            if verify:
+                chain.verify(progress, cancel)
+            with self._operation("load a file"):
+                shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
+                         "bytes of ROM": len(self.image.rom)}  # fmt: skip
+                state, losses = self.files.fit(
+                    chain, shape, self.table, self._machine_rows, (self._fresh, self._fresh_machine),
+                    ran=self._ran, drop=drop,
+                )  # fmt: skip
+                mapped = self.files.map(chain)
+                was_running = self._status.phase is Phase.RUNNING
+                self._take(mapped, state)
+                self._set_status(Status(Phase.PAUSED, f"loaded {chain.path.name}"))
+                if not verify:
+                    self.files.check_later(chain, self._file_damaged)
+                    stack.pop_all()
+                if was_running:
+                    self._resume()
+            return losses
+
+    @classmethod
+    def from_file(
+        cls, system: System, path: StrPath, *, drop: bool = False, verify: bool = False
+    ) -> tuple[Machine, tuple[str, ...]]:
+        """A machine as the file's configuration says, loaded, paused; and what was lost. Raises as ``load_file``."""
+        with open_chain(path) as chain:
+            machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory))
+        try:
+            return machine, machine.load_file(path, drop=drop, verify=verify)
+        except BaseException:
+            machine.close()
+            raise
 
     def edit(self, vcpu: int, register: str, value: int) -> None:
         """Set one register ("rax", "cr3", "cs.base"…) of a VCPU's copy; it reaches the guest when it runs on.
@@ -355,6 +447,7 @@ class Machine:
                 return
             self._epoch += 1
             self._set_status(Status(Phase.CLOSED, "closed"))
+        self.files.stop_checking()
         self._inbox.put(None)
         if threading.current_thread() is not self._supervisor:
             self._supervisor.join()
@@ -385,11 +478,36 @@ class Machine:
     # Inside
 
     @contextmanager
-    def _operation(self, name: str) -> Iterator[None]:
+    def _operation(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """``whole``: it makes no sense on what a reset or load that failed has left."""
         with self._lock:
             if self._status.phase is Phase.CLOSED:
                 raise MachineError(f"Can't {name}: the machine is closed.")
-            yield
+            if whole and self._half_done:
+                raise MachineError(
+                    f"Can't {name}: the last {self._half_done} failed half-way. Reset the machine, or load or restore "
+                    "a state."
+                )
+            try:
+                yield
+            except BaseException as error:
+                self._after_failure(name, error)
+                raise
+
+    def _after_failure(self, operation: str, error: BaseException) -> None:
+        """The status must say how an operation that failed has left the machine."""
+        vcpu = error.vcpu if isinstance(error, KvmError) else None
+        if self._half_done:
+            self._set_status(Status(Phase.STOPPED, f"{operation} failed half-way: {error}", vcpu))
+        elif self._status.phase is Phase.RUNNING and not any(each.running for each in self.vcpus):
+            self._set_status(Status(Phase.PAUSED, f"{operation} failed: {error}", vcpu))
+
+    @contextmanager
+    def _all_or_stopped(self, what: str) -> Iterator[None]:
+        """Round what replaces the whole state: if it fails, the machine is neither the old nor the new one."""
+        self._half_done = what
+        yield
+        self._half_done = ""
 
     def _set_status(self, status: Status) -> None:
         with self._changed:
@@ -399,6 +517,7 @@ class Machine:
             listener(status)
 
     def _resume(self) -> None:
+        self._ran = True
         self._set_status(Status(Phase.RUNNING))
         for reply in [vcpu.resume() for vcpu in self.vcpus]:
             reply.outcome()
@@ -415,6 +534,48 @@ class Machine:
             self._set_status(Status(Phase.PAUSED, f"paused to {operation}"))
         return skew
 
+    def _take_pages(self) -> tuple[Index, int]:
+        try:
+            return self._pages.take()
+        except MemoryError:
+            raise MachineError(
+                "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
+            ) from None
+
+    def _free_pages(self) -> None:
+        self._pages.keep_only(kept.index for kept in self._checkpoints)
+
+    def _rom(self) -> bytes:
+        size = len(self.image.rom)
+        return self.memory.read(layout.ROM_END - size, size)
+
+    def _take(self, mapped: Mapped, state: MachineState) -> None:
+        """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
+        epoch, status, rom = self._epoch, self._status, self._rom()
+        before, settled = self._save(self._stop_all()), self._pages.settled()
+        ram = self.memory.replace_ram(mapped.ram)
+        try:
+            self._pages.adopt(mapped.index, mapped.sources, mapped.missing)
+            self.memory.write(layout.ROM_END - len(rom), mapped.image.rom)
+            self._load(state)
+        except VmdeckError:
+            self.memory.replace_ram(ram)
+            self._pages.revert(settled)
+            self.memory.write(layout.ROM_END - len(rom), rom)
+            self._load(before)
+            self._epoch = epoch
+            self._set_status(status)
+            if status.phase is Phase.RUNNING:
+                self._resume()
+            raise
+        self.image = mapped.image
+        self.files.adopt(mapped)
+        self._came_from = None
+
+    def _file_damaged(self, error: VmdeckError) -> None:
+        """Memory that the guest may have used already isn't what was saved."""
+        self._stop_soon(lambda: self._set_status(Status(Phase.STOPPED, str(error))))
+
     def _save(self, skew_us: float) -> MachineState:
         """All stand: devices first, so that what they still owe a VCPU is in its state."""
         devices = self.board.save()
@@ -424,18 +585,16 @@ class Machine:
 
     def _load(self, state: MachineState) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
+        self.board.check(state.devices)
         self._epoch += 1
-        sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
-        self.board.load(dict(state.devices))
-        for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
-            vcpu.copy.update(copy)
-        rows = [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
-        try:
+        with self._all_or_stopped("load"):
+            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
+            self.board.load(dict(state.devices))
+            for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
+                vcpu.copy.update(copy)
+            rows = [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
             self._vm.put(rows)
             sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
-        except KvmError as error:
-            self._set_status(Status(Phase.STOPPED, f"load failed: {error}", error.vcpu))
-            raise
 
     def _get_machine_rows(self) -> dict[str, bytes]:
         return dict(zip((row.name for row in self._machine_rows), self._vm.get(self._machine_rows), strict=True))

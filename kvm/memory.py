@@ -7,14 +7,14 @@ and isn't counted.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvm.backends.interface import PAGE_SIZE, Vm
-from kvm.errors import ConfigError, MemoryAccessError
+from kvm.errors import ConfigError, KvmError, MemoryAccessError
 from kvm.x86 import layout
 
 Pages = NDArray[np.int64]
@@ -100,6 +100,27 @@ class Memory:
         piece = 1 << 20
         for offset in range(0, size, piece):
             self.write(address + offset, bytes(min(piece, size - offset)))
+
+    def replace_ram(self, memory: Sequence[mmap.mmap]) -> list[mmap.mmap]:
+        """Put other host memory of the same sizes behind the RAM, its dirty log empty; what was there before.
+
+        Every VCPU stands. Raises KvmError, all as it was.
+        """
+        before = [region.memory for region in self.ram]
+        try:
+            self._put_behind(memory)
+        except KvmError:
+            self._put_behind(before)
+            raise
+        return before
+
+    def _put_behind(self, memory: Sequence[mmap.mmap]) -> None:
+        for region, mapping in zip(self.ram, memory, strict=True):
+            self._vm.set_memory(region.slot, region.address, mapping, log_dirty=self._logging)
+            region.memory = mapping
+            region.host_wrote.clear()
+            region.__post_init__()
+        self._vm.memory_changed()
 
     def start_log(self) -> None:
         """From now on ``dirty_pages`` tells what was written. The first page log costs the guest write faults."""

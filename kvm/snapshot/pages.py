@@ -6,18 +6,13 @@ costs its changed pages and 8 bytes a page, and going back copies only pages tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvm.backends.interface import PAGE_SIZE
 from kvm.memory import Memory, Pages
-
-Index = NDArray[np.int64]
-
-_ZERO = 0
-"""The store's content 0 is the zero page: most of a young guest's memory."""
+from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 
 
 class PageStore:
@@ -32,6 +27,9 @@ class PageStore:
         """What RAM held when its dirty log was last emptied."""
         self._dirty: Pages = np.empty(0, np.int64)
         """Pages dirty since ``_base``, already taken out of the log: a failure in mid-way must not lose them."""
+        self._files: dict[int, PageArray] = {}
+        """The mapped pages of snapshot files that an index refers to, by source number."""
+        self._held: list[Index] = []
 
     def take(self) -> tuple[Index, int]:
         """RAM as it is now: its index, and how many pages were stored for it. Raises MemoryError, losing nothing."""
@@ -56,17 +54,67 @@ class PageStore:
         if index is not self._base:
             pages = np.union1d(pages, np.flatnonzero(index != self._base))
         if len(pages):
-            self._memory.put_pages(pages, self._contents, index[pages])
+            self._fill(pages, index[pages])
         self._settle(index)
         return len(pages)
+
+    def contents(self, index: Index) -> Contents:
+        """What ``index`` stands for, to be read at leisure: hold the index meanwhile."""
+        return Contents(index, {0: self._contents, **self._files})
+
+    def hold(self, index: Index) -> None:
+        """Keep the contents of this index, whatever is freed, until it's released."""
+        self._held.append(index)
+
+    def release(self, index: Index) -> None:
+        """Don't keep them any longer; the next ``keep_only`` frees them."""
+        self._held = [held for held in self._held if held is not index]
+
+    @property
+    def files(self) -> frozenset[int]:
+        """The source numbers of the snapshot files that are still needed."""
+        return frozenset(self._files)
+
+    def settled(self) -> tuple[Index | None, Pages]:
+        """What RAM holds, for ``revert``. Call it before other memory, with a log of its own, is put behind RAM."""
+        if self._base is not None:
+            self._collect()
+        return self._base, self._dirty
+
+    def revert(self, settled: tuple[Index | None, Pages]) -> None:
+        """The memory of that time is behind RAM again."""
+        self._base, self._dirty = settled
+
+    def adopt(self, index: Index, files: Mapping[int, PageArray], missing: Pages) -> None:
+        """RAM holds what ``index`` says, but for the ``missing`` pages, which are filled in; nothing is dirty."""
+        self._files.update(files)
+        if len(missing):
+            self._fill(missing, index[missing])
+        self._memory.start_log()
+        self._memory.dirty_pages()
+        self._settle(index)
 
     def keep_only(self, indices: Iterable[Index]) -> None:
         """Free the contents that none of these indices, nor the RAM's own, refers to."""
         kept = np.zeros(self._used, bool)
-        kept[_ZERO] = True
-        for index in (*indices, *(() if self._base is None else (self._base,))):
-            kept[index] = True
+        kept[ZERO] = True
+        files: set[int] = set()
+        for index in (*indices, *self._held, *(() if self._base is None else (self._base,))):
+            which = index >> SOURCE_SHIFT
+            if self._files:
+                files.update(np.unique(which).tolist())
+            kept[index[which == 0]] = True
+        self._files = {source: pages for source, pages in self._files.items() if source in files}
         self._free = np.flatnonzero(~kept).tolist()
+
+    def _fill(self, pages: Pages, numbers: Index) -> None:
+        which = numbers >> SOURCE_SHIFT
+        if not which.any():
+            self._memory.put_pages(pages, self._contents, numbers)
+            return
+        for source in np.unique(which).tolist():
+            here = which == source
+            self._memory.put_pages(pages[here], self._files.get(source, self._contents), numbers[here] & PLACE_MASK)
 
     def _settle(self, index: Index) -> None:
         self._base = index

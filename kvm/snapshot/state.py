@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvm.errors import MachineError
-from kvm.snapshot.pages import Index
+from kvm.snapshot.contents import Index
 from kvm.x86.substates import Substate, Table
 
 

@@ -1,0 +1,216 @@
+"""A snapshot file with the files that it builds on, as one machine."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from kvm.backends.interface import PAGE_SIZE
+from kvm.boot.image import BootImage, Segment
+from kvm.errors import SnapshotError
+from kvm.snapshot.contents import SOURCE_SHIFT, Contents, Index, PageArray
+from kvm.snapshot.file import Progress, Snapshot, SnapshotFile, Written, damaged, read, write
+from kvm.snapshot.notes import Head
+from kvm.snapshot.replace import FileKey, StrPath, key_of
+from kvm.snapshot.state import MachineState
+from kvm.x86 import layout
+
+MAX_GENERATIONS = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chain:
+    """``files`` from the one that holds everything to the one asked for. A context manager."""
+
+    files: tuple[SnapshotFile, ...]
+
+    @property
+    def head(self) -> Head:
+        """The head of the file that was asked for: its state is the machine's."""
+        return self.files[-1].head
+
+    @property
+    def path(self) -> Path:
+        return self.files[-1].path
+
+    @property
+    def keys(self) -> tuple[FileKey, ...]:
+        return tuple(file.key for file in self.files)
+
+    @property
+    def state(self) -> MachineState:
+        return self.head.state
+
+    def sources(self, first: int = 1) -> dict[int, PageArray]:
+        """Every file's pages, mapped, by source numbers from ``first`` on."""
+        return {first + number: file.pages() for number, file in enumerate(self.files)}
+
+    def index(self, first: int = 1) -> Index:
+        """For every RAM page the number of its content in ``sources(first)``."""
+        memory = self.head.memory
+        index = np.zeros(memory // PAGE_SIZE, np.int64)
+        for number, file in enumerate(self.files):
+            base = first + number << SOURCE_SHIFT
+            zero = np.zeros((file.head.file_size - file.head.size) // PAGE_SIZE, bool)
+            zero[file.holes()] = True
+            for extent in file.head.extents:
+                page = page_number(memory, extent.address)
+                if page is None:
+                    continue
+                place, count = (extent.offset - file.head.size) // PAGE_SIZE, extent.size // PAGE_SIZE
+                numbers = np.arange(place, place + count, dtype=np.int64) + base
+                numbers[zero[place : place + count]] = 0
+                index[page : page + count] = numbers
+        return index
+
+    def contents(self) -> Contents:
+        return Contents(self.index(), {0: np.zeros((1, PAGE_SIZE), np.uint8), **self.sources()})
+
+    def ram(self) -> tuple[list[mmap.mmap], Index]:
+        """RAM as the first file has it, mapped privately; the pages that the later ones replace."""
+        memory = self.head.memory
+        later = [
+            np.arange(page, page + extent.size // PAGE_SIZE)
+            for file in self.files[1:]
+            for extent in file.head.extents
+            if (page := page_number(memory, extent.address)) is not None
+        ]
+        pages: Index = np.unique(np.concatenate(later)).astype(np.int64) if later else np.empty(0, np.int64)
+        return self.files[0].ram(), pages
+
+    def rom(self) -> bytes:
+        """What the ROM holds; as last written. Raises SnapshotError."""
+        address = layout.ROM_END - self.head.rom
+        for file in reversed(self.files):
+            for extent in file.head.extents:
+                if self.head.rom and extent.address == address:
+                    return file.read_at(extent.offset, extent.size)
+        return b""
+
+    def image(self) -> BootImage:
+        """The guest's image, for a reset. Raises SnapshotError."""
+        stored = self.files[0].head.image
+        assert stored is not None, "the first file of a chain has one"
+        data, segments, at = self.files[0].image_data(), [], 0
+        for address, size, length in stored.segments:
+            segments.append(Segment(address, data[at : at + length], size))
+            at += length
+        return BootImage(stored.path, stored.format, tuple(segments), self.rom(), stored.entry)
+
+    def verify(self, progress: Progress = lambda done, total: None, cancel: threading.Event | None = None) -> None:
+        """Check every file's memory. Raises SnapshotError, SnapshotCancelled."""
+        sizes = [file.head.file_size - file.head.size for file in self.files]
+        done = 0
+        for file, size in zip(self.files, sizes, strict=True):
+            before = done
+            file.verify(lambda now, _, before=before: progress(before + now, sum(sizes)), cancel)  # type: ignore[misc]
+            done += size
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def page_number(memory: int, address: int) -> int | None:
+    """The number of the RAM page at a guest-physical address; None where there is no RAM."""
+    first = 0
+    for start, size in layout.ram(memory):
+        if start <= address < start + size:
+            return first + (address - start) // PAGE_SIZE
+        first += size // PAGE_SIZE
+    return None
+
+
+def page_address(memory: int, page: int) -> int:
+    """Where the RAM page of this number lies."""
+    for start, size in layout.ram(memory):
+        if page < size // PAGE_SIZE:
+            return start + page * PAGE_SIZE
+        page -= size // PAGE_SIZE
+    raise IndexError(f"there is no page {page}")
+
+
+def open_chain(path: StrPath) -> Chain:
+    """Open a snapshot file and its ancestors, all their heads checked. Raises SnapshotError."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(read(path))]
+        while files[0].head.parent is not None:
+            if len(files) == MAX_GENERATIONS:
+                raise damaged(files[-1].path, f"it builds on more than {MAX_GENERATIONS - 1} others")
+            files.insert(0, stack.enter_context(_find_parent(files[0])))
+            head = files[0].head
+            if (head.vcpus, head.memory, head.rom) != (files[1].head.vcpus, files[1].head.memory, files[1].head.rom):
+                raise damaged(files[1].path, f"its parent {files[0].path} is of another machine")
+        stack.pop_all()
+        return Chain(tuple(files))
+
+
+def _find_parent(child: SnapshotFile) -> SnapshotFile:
+    """Where the child says, or under whatever name in the child's folder."""
+    parent = child.head.parent
+    assert parent is not None
+    folder = Path(os.path.realpath(child.path)).parent
+    named = folder / parent.path
+    wrong = ""
+    try:
+        others = sorted(folder.iterdir())
+    except OSError:
+        others = []
+    for path in (named, *(other for other in others if other != named)):
+        if not path.is_file():
+            continue
+        try:
+            file = read(path)
+        except SnapshotError as error:
+            wrong = str(error) if path == named else wrong
+            continue
+        if file.head.identity == parent.identity:
+            return file
+        file.close()
+    raise SnapshotError(
+        f"Can't use {child.path}: it holds only what changed since {parent.path} (identity {parent.identity.hex()}), "
+        f"which isn't there. {wrong or f'Put that file into {folder}.'}"
+    )
+
+
+def parent_path(child: StrPath, parent: StrPath) -> str:
+    """How the child names where its parent is."""
+    return os.path.relpath(os.path.realpath(parent), os.path.dirname(os.path.realpath(child)))
+
+
+def flatten(
+    source: StrPath, path: StrPath, progress: Progress = lambda done, total: None, cancel: threading.Event | None = None
+) -> Written:
+    """Write a chain's last file anew as one that needs no other, checking memory first. Raises SnapshotError."""
+    with open_chain(source) as chain:
+        return rewrite(chain, path, chain.head.name, chain.head.note, progress, cancel)
+
+
+def rewrite(
+    chain: Chain, path: StrPath, name: str, note: str, progress: Progress, cancel: threading.Event | None
+) -> Written:
+    """A chain's last file anew, whole, under this name and note; memory is checked first. Raises SnapshotError."""
+    chain.verify(progress, cancel)
+    if key_of(path) in chain.keys[:-1]:
+        raise SnapshotError(f"Can't write {path}: {chain.path} builds on it. Choose another name.")
+    head = chain.head
+    snapshot = Snapshot(
+        head.memory, head.backend, head.taken, head.why, name, note, head.state, chain.contents(), chain.rom(),
+        chain.image(),
+    )  # fmt: skip
+    return write(path, snapshot, progress=progress, cancel=cancel)

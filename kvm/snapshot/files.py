@@ -1,0 +1,204 @@
+"""The snapshot files that a running machine comes from and goes to."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from kvm.boot.image import BootImage
+from kvm.errors import MachineError, SnapshotError, SnapshotMismatch
+from kvm.snapshot import convert
+from kvm.snapshot.chain import Chain, parent_path
+from kvm.snapshot.contents import Index, PageArray
+from kvm.snapshot.file import Delta, Progress, Snapshot, Written, write
+from kvm.snapshot.notes import Parent
+from kvm.snapshot.pages import PageStore
+from kvm.snapshot.replace import FileKey, StrPath, key_of
+from kvm.snapshot.state import MachineState, check
+from kvm.x86.substates import Substate, Table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Saved:
+    """The file that the machine was last saved to or loaded from: what an incremental one builds on."""
+
+    path: str
+    identity: bytes
+    index: Index
+    keys: tuple[FileKey, ...]
+    """The files of its chain, itself last."""
+    image: BootImage
+    rom: bytes
+    """The ROM's digest."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mapped:
+    """A chain, mapped: ``ram`` is what the RAM regions are to be, but for the ``missing`` pages of later files."""
+
+    chain: Chain
+    image: BootImage
+    ram: Sequence[mmap.mmap]
+    index: Index
+    sources: Mapping[int, PageArray]
+    missing: Index
+
+
+class MachineFiles:
+    """For whoever holds the machine's lock, but for ``write``, which works beside the running guest."""
+
+    def __init__(self, pages: PageStore) -> None:
+        self._pages = pages
+        self._saved: Saved | None = None
+        self._mapped: dict[int, FileKey] = {}
+        self._ram: tuple[FileKey, ...] = ()
+        """The files that RAM itself is mapped from."""
+        self._next_source = 1
+        self._checker: threading.Thread | None = None
+        self._stop_checking = threading.Event()
+
+    @property
+    def saved(self) -> Saved | None:
+        """What an incremental file would build on."""
+        return self._saved
+
+    def check_target(self, path: StrPath, *, incremental: bool) -> None:
+        """Raise SnapshotError where writing to ``path`` would destroy what the machine, or the new file, needs."""
+        key = key_of(path)
+        mapped = {self._mapped[source] for source in self._pages.files} | set(self._ram)
+        chain = self._saved.keys if self._saved else ()
+        shown = os.fspath(path)
+        if incremental and self._saved is None:
+            raise SnapshotError(
+                f"Can't save to {shown} what changed: the machine has no file yet. Save it whole first."
+            )
+        if key is not None and key in mapped:
+            raise SnapshotError(f"Can't save to {shown}: the machine's memory is mapped from it. Choose another name.")
+        if key is not None and key in (chain if incremental else chain[:-1]):
+            raise SnapshotError(f"Can't save to {shown}: the machine's last file builds on it. Choose another name.")
+
+    def write(
+        self,
+        path: StrPath,
+        snapshot: Snapshot,
+        parent: Saved | None,
+        progress: Progress,
+        cancel: threading.Event | None,
+        lock: threading.RLock,
+    ) -> Written:
+        """Write the file; it's what the next incremental one builds on, if this succeeds. Raises SnapshotError.
+
+        ``snapshot``'s index is held until then. ``lock`` is the machine's, taken only for that.
+        """
+        index, delta = snapshot.contents.index, None
+        rom = xxhash.xxh3_128_digest(snapshot.rom)
+        if parent is not None:
+            named = Parent(parent.identity, parent_path(path, parent.path))
+            delta = Delta(named, np.flatnonzero(index != parent.index), rom != parent.rom)
+
+        def still_allowed() -> None:
+            with lock:
+                self.check_target(path, incremental=parent is not None)
+
+        done = False
+        try:
+            written = write(path, snapshot, delta=delta, progress=progress, cancel=cancel, check=still_allowed)
+            done = True
+        finally:
+            with lock:
+                if done:
+                    keys = (*(parent.keys if parent else ()), written.key)
+                    self._build_on(Saved(os.path.realpath(path), written.identity, index, keys, snapshot.image, rom))
+                self._pages.release(index)
+        return written
+
+    def fit(
+        self,
+        chain: Chain,
+        shape: Mapping[str, int],
+        table: Table,
+        rows: Sequence[Substate],
+        fresh: tuple[Sequence[Mapping[str, bytes]], Mapping[str, bytes]],
+        *,
+        ran: bool,
+        drop: bool,
+    ) -> tuple[MachineState, tuple[str, ...]]:
+        """The chain's state for a machine of this shape ("VCPUs", "bytes of memory"…), and what it loses.
+
+        Raises SnapshotError, SnapshotMismatch unless ``drop`` says to do without.
+        """
+        head = chain.head
+        theirs = (head.vcpus, head.memory, head.rom)
+        if differing := [
+            f"{value} {what}, this machine {ours}" for value, (what, ours) in zip(theirs, shape.items(), strict=True)
+            if value != ours
+        ]:  # fmt: skip
+            raise SnapshotError(
+                f"Can't load {chain.path}: it has {'; '.join(differing)}. Start a machine from it: vmdeck run --restore"
+            )
+        try:
+            state, losses = convert.fit(chain.state, table, rows, *fresh, ran=ran)
+            check(state, table, rows, head.vcpus)
+        except (ValueError, MachineError) as error:
+            raise SnapshotError(f"Can't load {chain.path}: {error}. Use another snapshot.") from error
+        if losses and not drop:
+            raise SnapshotMismatch(
+                f"Can't carry all of {chain.path} ({head.backend}) over. It would lose\n  "
+                + "\n  ".join(losses) + "\nLoad it with --drop (drop=True) to go on without.", losses,
+            )  # fmt: skip
+        return state, losses
+
+    def map(self, chain: Chain) -> Mapped:
+        """Everything of a chain that the machine will hold, so that taking it can't fail. Raises SnapshotError."""
+        first, self._next_source = self._next_source, self._next_source + len(chain.files)
+        ram, missing = chain.ram()
+        return Mapped(chain, chain.image(), ram, chain.index(first), chain.sources(first), missing)
+
+    def adopt(self, mapped: Mapped) -> None:
+        """The machine has taken it: build on it."""
+        chain = mapped.chain
+        self._mapped.update(zip(mapped.sources, chain.keys, strict=True))
+        self._ram = chain.keys[:1]
+        rom = xxhash.xxh3_128_digest(mapped.image.rom)
+        path = os.path.realpath(chain.path)
+        self._build_on(Saved(path, chain.head.identity, mapped.index, chain.keys, mapped.image, rom))
+
+    def check_later(self, chain: Chain, damaged: Callable[[SnapshotError], None]) -> None:
+        """Verify the chain's memory on a thread, and close it; ``damaged`` hears of what doesn't match."""
+        self.stop_checking()
+        stop = self._stop_checking = threading.Event()
+
+        def work() -> None:
+            with chain:
+                try:
+                    chain.verify(cancel=stop)
+                except SnapshotError as error:
+                    if not stop.is_set():
+                        damaged(error)
+
+        self._checker = threading.Thread(target=work, name="snapshot checksums", daemon=True)
+        self._checker.start()
+
+    def stop_checking(self) -> None:
+        """End the thread that ``check_later`` started."""
+        self._stop_checking.set()
+        if self._checker is not None and self._checker is not threading.current_thread():
+            self._checker.join()
+        self._checker = None
+
+    def wait_checked(self) -> None:
+        """Wait until the memory of what was loaded is verified."""
+        if self._checker is not None:
+            self._checker.join()
+
+    def _build_on(self, saved: Saved) -> None:
+        if self._saved is not None:
+            self._pages.release(self._saved.index)
+        self._pages.hold(saved.index)
+        self._saved = saved
