@@ -104,10 +104,15 @@ def _extension() -> str:
 
 def _kernel_rows(system: System) -> None:
     from kvm.backends.kernel.capabilities import CAPABILITIES
+    from kvm.quirks import ignored
 
     _section(
         "KVM's capabilities, their values, and what each is for or what is lost without it",
         [(name, str(system.caps[name] or "MISSING"), lost) for name, lost in CAPABILITIES.items()],
+    )
+    _section(
+        "What this KVM accepts and then ignores",
+        [(quirk.what, quirk.lost) for quirk in ignored(system)] or [("nothing that vmdeck writes",)],
     )
 
 

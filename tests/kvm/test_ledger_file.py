@@ -52,7 +52,7 @@ def test_a_record_as_json_has_all_its_fields() -> None:
         "number": 1, "time_ns": record.time_ns, "hook": "hook", "level": "RESET", "caller": "caller",
         "microseconds": record.microseconds, "skew_us": 2.5,
         "parts": [{"vcpu": 1, "read": ["regs"], "written": ["sregs"], "skipped": ["xsave"], "ioctls": 2,
-                   "began_ns": 5, "microseconds": 1.5}],
+                   "began_ns": 5, "microseconds": 1.5, "error": ""}],
     }  # fmt: skip
     assert json.loads(ledger.records[1].as_json())["level"] is None
 
