@@ -33,8 +33,9 @@
     mov \size\()bp, 0x71727374
 .endm
 .macro known64
+1000:
     .irp register, rax, rbx, rcx, rdx, rsi, rdi, rbp, r8, r9, r10, r11, r12, r13, r14, r15
-    movabs \register, 0x1122334455667788 + (. - _start) * 0x100000001
+    movabs \register, 0x1122334455667788 + (. - 1000b) * 0x100000001
     .endr
 .endm
 .macro far_jump selector, target         # with a 32-bit offset in 16-bit code
