@@ -32,12 +32,15 @@ _FXSAVE_AND_HEADER = 3
 _PDPTRS_VALID = 1
 
 _FEATURES = {
-    (1, 0, "ecx"): {3: "monitor", 12: "fma", 13: "cx16", 17: "pcid", 21: "x2apic", 24: "tsc-deadline", 26: "xsave",
-                    28: "avx", 29: "f16c", 30: "rdrand"},
+    (1, 0, "ecx"): {0: "sse3", 1: "pclmulqdq", 3: "monitor", 9: "ssse3", 12: "fma", 13: "cx16", 17: "pcid",
+        19: "sse4.1", 20: "sse4.2", 21: "x2apic", 22: "movbe", 23: "popcnt", 24: "tsc-deadline", 25: "aes",
+        26: "xsave", 28: "avx", 29: "f16c", 30: "rdrand"},
     (1, 0, "edx"): {1: "vme", 7: "mce", 14: "mca", 27: "ss", 28: "htt"},
-    (7, 0, "ebx"): {1: "tsc-adjust", 5: "avx2", 7: "smep", 10: "invpcid", 16: "avx512f", 18: "rdseed", 19: "adx",
-                    20: "smap", 23: "clflushopt", 24: "clwb", 29: "sha"},
-    (7, 0, "ecx"): {2: "umip", 3: "pku", 9: "vaes", 16: "la57", 22: "rdpid"},
+    (7, 0, "ebx"): {0: "fsgsbase", 1: "tsc-adjust", 3: "bmi1", 4: "hle", 5: "avx2", 7: "smep", 8: "bmi2", 9: "erms",
+        10: "invpcid", 11: "rtm", 16: "avx512f", 18: "rdseed", 19: "adx", 20: "smap", 23: "clflushopt", 24: "clwb",
+        29: "sha"},
+    (7, 0, "ecx"): {2: "umip", 3: "pku", 8: "gfni", 9: "vaes", 16: "la57", 22: "rdpid", 25: "cldemote",
+        27: "movdiri", 28: "movdir64b"},
     (7, 0, "edx"): {4: "fsrm", 26: "spec-ctrl", 27: "stibp", 29: "arch-capabilities", 31: "ssbd"},
     (0x80000001, 0, "ecx"): {0: "lahf", 5: "abm", 8: "prefetchw"},
     (0x80000001, 0, "edx"): {11: "syscall", 20: "nx", 26: "1g-pages", 27: "rdtscp", 29: "lm"},

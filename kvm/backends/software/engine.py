@@ -59,6 +59,9 @@ _VMCB_MSRPM = 0x48
 MAPPED_END = 1 << (PHYSICAL_BITS - 1)
 """Physical addresses from here on do not exist for the guest."""
 
+_MappedRegion = tuple[int, int, int | None, bool]
+"""Address, size, host pointer (None: MMIO), read-only."""
+
 
 class Outside(Protocol):
     """What a run reaches beyond memory."""
@@ -97,7 +100,7 @@ class Engine:
         self.error = ""
         """Why the emulator gave up, after a run that ended with GAVE_UP."""
         self._breakpoints: list[Any] = []
-        self._regions: list[tuple[int, int]] = []
+        self._regions: list[_MappedRegion] = []
         self._readonly: list[tuple[int, int, int]] = []
         self._unprotected: dict[int, tuple[int, bytes]] = {}
         self._failure: BaseException | None = None
@@ -194,38 +197,44 @@ class Engine:
 
     def map(self, memory: Iterable[tuple[int, int, int, bool]]) -> None:
         """Lay out physical memory: (address, size, host pointer, readonly), ascending; all between is MMIO."""
-        for address, size in self._regions:
-            self._uc.mem_unmap(address, size)
-        self._regions.clear()
-        self._readonly.clear()
+        wanted: list[_MappedRegion] = []
         end = 0
         for address, size, pointer, readonly in memory:
-            self._map_mmio(end, address)
-            rights = const.UC_PROT_READ | const.UC_PROT_EXEC | (0 if readonly else const.UC_PROT_WRITE)
-            status = uclib.uc_mem_map_ptr(self._handle, address, size, rights, pointer)
-            if status:
-                raise RuntimeError(f"{address:#x}+{size:#x}: {uclib.uc_strerror(status).decode()}")
-            if readonly:
-                self._readonly.append((address, size, pointer))
-            self._regions.append((address, size))
+            if end < address:
+                wanted.append((end, address - end, None, False))
+            wanted.append((address, size, pointer, readonly))
             end = address + size
-        self._map_mmio(end, MAPPED_END)
+        if end < MAPPED_END:
+            wanted.append((end, MAPPED_END - end, None, False))
+        # Unicorn unmaps page by page, seconds for the MMIO up to the end: what stays the same is left alone.
+        for region in set(self._regions) - set(wanted):
+            self._uc.mem_unmap(region[0], region[1])
+        for region in wanted:
+            if region not in self._regions:
+                self._map_region(*region)
+        self._regions = wanted
+        self._readonly = [
+            (address, size, pointer) for address, size, pointer, readonly in wanted if readonly and pointer
+        ]
         self.flush_code()
         self.commit(flush=True)
 
-    def _map_mmio(self, first: int, end: int) -> None:
-        if first >= end:
+    def _map_region(self, address: int, size: int, pointer: int | None, readonly: bool) -> None:
+        if pointer is None:
+            read, write, guard = self._outside.mmio_read, self._outside.mmio_write, self._guarded
+            self._uc.mmio_map(
+                address,
+                size,
+                lambda uc, offset, size, _: guard(read, address + offset, size),
+                None,
+                lambda uc, offset, size, value, _: guard(write, address + offset, size, value),
+                None,
+            )
             return
-        read, write, guard = self._outside.mmio_read, self._outside.mmio_write, self._guarded
-        self._uc.mmio_map(
-            first,
-            end - first,
-            lambda uc, offset, size, _: guard(read, first + offset, size),
-            None,
-            lambda uc, offset, size, value, _: guard(write, first + offset, size, value),
-            None,
-        )
-        self._regions.append((first, end - first))
+        rights = const.UC_PROT_READ | const.UC_PROT_EXEC | (0 if readonly else const.UC_PROT_WRITE)
+        status = uclib.uc_mem_map_ptr(self._handle, address, size, rights, pointer)
+        if status:
+            raise RuntimeError(f"{address:#x}+{size:#x}: {uclib.uc_strerror(status).decode()}")
 
     def _write_protected(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
         """Let the one instruction write, and take it back before the next: the emulator knows no ignored write."""
