@@ -230,23 +230,6 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(system: System, tmp_
             assert {name for name, raw in after.items() if raw != before_load[name]} <= {"msrs_reset", "lapic"}  # time
 
 
-def test_bug_13_pause_and_resume_a_thousand_times(system: System, tmp_path: Path) -> None:
-    with build(system, tmp_path, COUNT, vcpus=2) as machine:
-        for _ in range(1000):
-            machine.run()
-            machine.pause()
-        machine.run()
-        until(lambda: sampled(machine).rax > 10)
-
-
-def test_bug_14_pause_while_the_guest_hammers_a_device(system: System, tmp_path: Path) -> None:
-    with build(system, tmp_path, OUT_80) as machine:
-        for _ in range(200):
-            machine.run()
-            machine.pause()
-            assert regs(machine).rip in (ORIGIN, ORIGIN + 2, ORIGIN + 4)
-
-
 def test_operations_from_many_threads_are_serialised(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, vcpus=2) as machine:
         checkpoint = machine.checkpoint()

@@ -12,7 +12,7 @@ from kvm import sync
 from kvm.backends.interface import IoctlTrace, System
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
-from kvm.x86.structs import EVENT_VALID_NMI_PENDING, EVENT_VALID_SIPI_VECTOR, EVENT_VALID_SMM, Regs, VcpuEvents
+from kvm.x86.structs import Regs
 from tests.kvm.machines import COUNT, build
 
 VCPUS = 3
@@ -140,7 +140,7 @@ def test_synchronize_state_reads_once(machine: Machine) -> None:
     assert Regs.from_buffer_copy(vcpu.copy["regs"]).rax == 99
 
 
-def test_bug_05_pre_loadvm_takes_ownership_without_reading(machine: Machine) -> None:
+def test_pre_loadvm_takes_ownership_without_reading(machine: Machine) -> None:
     with Tracing(machine) as trace:
         sync.cpu_synchronize_all_pre_loadvm(machine.vcpus, ledger=machine.ledger, caller="test")
         for vcpu in machine.vcpus:  # what a device's load might do
@@ -154,31 +154,6 @@ def test_reset_and_full_refuse_while_a_vcpu_runs(machine: Machine) -> None:
     with pytest.raises(AssertionError, match="all must be stopped"):
         sync.cpu_synchronize_all_post_reset(machine.vcpus, ledger=machine.ledger, caller="test")
     machine.pause()
-
-
-def test_bug_02_runtime_leaves_nmi_and_sipi_to_the_kernel(machine: Machine) -> None:
-    events = machine.table.by_name["events"]
-    flags = EVENT_VALID_NMI_PENDING | EVENT_VALID_SIPI_VECTOR | EVENT_VALID_SMM
-    raw = bytes(VcpuEvents(flags=flags, nmi_pending=1, sipi_vector=8))
-    assert VcpuEvents.from_buffer_copy(events.at(raw, WritebackLevel.RUNTIME)).flags == 0
-    assert events.at(raw, WritebackLevel.RESET) == raw
-    assert events.at(raw, WritebackLevel.FULL) == raw
-
-
-def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(machine: Machine) -> None:
-    with Tracing(machine) as trace:
-        machine.run()
-        machine.pause()
-        machine.step()
-        machine.reset()
-        machine.restore(machine.checkpoint())
-        machine.edit(2, "rip", 0x1000)
-        machine.run()
-        machine.pause()
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for vcpu in machine.vcpus:
-        assert {names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"}
-    assert {"KVM_RUN"} <= {call.ioctl for call in trace.calls}
 
 
 def test_only_the_hooks_move_state(machine: Machine) -> None:
