@@ -520,7 +520,7 @@ class Machine:
         self._ran = True
         self._set_status(Status(Phase.RUNNING))
         for reply in [vcpu.resume() for vcpu in self.vcpus]:
-            reply.outcome()
+            reply.outcome()()
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""

@@ -13,7 +13,7 @@ from kvm.backends.interface import IoctlTrace, System
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
 from kvm.x86.structs import Regs
-from tests.kvm.machines import COUNT, build
+from tests.kvm.machines import COUNT, build, until
 
 VCPUS = 3
 
@@ -108,6 +108,7 @@ def test_a_look_at_the_registers_costs_no_write(machine: Machine) -> None:
     sync.cpu_synchronize_state(machine.vcpus[1], ledger=machine.ledger, caller="test")
     with Tracing(machine) as trace:
         machine.run()
+        until(lambda: not machine.vcpus[1].dirty)
         machine.pause()
     assert trace.moved(1) == []
     assert not machine.vcpus[1].dirty
@@ -122,6 +123,7 @@ def test_runtime_writes_a_changed_row_and_what_must_follow_it(machine: Machine) 
     machine.edit(1, "rbx", 0x1234)
     with Tracing(machine) as trace:
         machine.run()
+        until(lambda: not vcpu.dirty)
         machine.pause()
     assert trace.moved(1) == [("KVM_SET_REGS", "regs"), ("KVM_SET_VCPU_EVENTS", "events")]
     sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
