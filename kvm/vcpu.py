@@ -180,6 +180,7 @@ class Vcpu:
     def _resume(self) -> None:
         self.stop_reason = ""
         self._resumed = True
+        self._asked = None
         self.running = True
 
     def _stop(self) -> int:

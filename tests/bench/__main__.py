@@ -89,7 +89,7 @@ def restore() -> None:
                     m.restore(checkpoint)
                     m.edit(0, "rcx", count)
                     m.run()
-                    until(lambda: m.view(0).activity is Activity.HALTED)
+                    until(lambda: rax(m) >= 0 and m.view(0).activity is Activity.HALTED)
                     m.pause()
 
                 if vcpus == 1:
@@ -112,14 +112,14 @@ def pio() -> None:
     code = bytes.fromhex("66 40 e6 99 eb fa")  # inc eax; out 0x99, al (nobody's port); jmp back
     with machine(code) as m:
         m.run()
-        until(lambda: count(m) > 1000)
-        start, first = time.perf_counter(), count(m)
+        until(lambda: rax(m) > 1000)
+        start, first = time.perf_counter(), rax(m)
         time.sleep(3)
-        exits, seconds = count(m) - first, time.perf_counter() - start
+        exits, seconds = rax(m) - first, time.perf_counter() - start
         line("port exit served by Python", seconds / exits * 1e6, bare)
 
 
-def count(m: Machine) -> int:
+def rax(m: Machine) -> int:
     from kvm.x86.structs import Regs
 
     before = m.view(0).time_ns
@@ -134,12 +134,12 @@ def sampling() -> None:
         m.run()
 
         def speed(period: float) -> float:
-            first, start = count(m), time.perf_counter()
+            first, start = rax(m), time.perf_counter()
             while time.perf_counter() - start < 4:
                 time.sleep(period)
                 if period < 1:
                     m.request_samples()
-            return (count(m) - first) / (time.perf_counter() - start) / 1e6
+            return (rax(m) - first) / (time.perf_counter() - start) / 1e6
 
         pairs = [(speed(4), speed(1 / 30)) for _ in range(3)]
         alone, watched = (statistics.median(values) for values in zip(*pairs, strict=True))
