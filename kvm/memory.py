@@ -144,6 +144,9 @@ class Memory:
 
     def _by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:
         """Ascending page numbers split by region: the region, their numbers within it, their place in ``pages``."""
+        if len(self.ram) == 1:  # the usual machine, and the hot path of a restore
+            yield self.ram[0], pages, slice(None)
+            return
         for region in self.ram:
             last = region.first_page + len(region.pages)
             start, stop = np.searchsorted(pages, (region.first_page, last))
