@@ -244,8 +244,8 @@ class Machine:
         with self._operation("reset"):
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
-            self._epoch += 1
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
+            self._epoch += 1
             with self._all_or_stopped("reset"):
                 self._board_reset()
                 self._load_image()
@@ -551,7 +551,7 @@ class Machine:
 
     def _take(self, mapped: Mapped, state: MachineState) -> None:
         """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
-        epoch, status, rom = self._epoch, self._status, self._rom()
+        epoch, status, half_done, rom = self._epoch, self._status, self._half_done, self._rom()
         before, settled = self._save(self._stop_all()), self._pages.settled()
         ram = self.memory.replace_ram(mapped.ram)
         try:
@@ -563,7 +563,7 @@ class Machine:
             self._pages.revert(settled)
             self.memory.write(layout.ROM_END - len(rom), rom)
             self._load(before)
-            self._epoch = epoch
+            self._epoch, self._half_done = epoch, half_done
             self._set_status(status)
             if status.phase is Phase.RUNNING:
                 self._resume()

@@ -23,7 +23,7 @@ from kvm.snapshot import core
 from kvm.snapshot.core import Extent
 from kvm.snapshot.state import MachineState
 from kvm.x86 import layout
-from kvm.x86.structs import Lapic, MpState, Regs, Sregs, Sregs2, VcpuEvents
+from kvm.x86.structs import CpuidEntry, Fpu, Lapic, MpState, MsrEntry, Regs, Sregs, Sregs2, VcpuEvents, Xcrs, Xsave
 
 OWNER = b"VMDECK"
 VERSION = 1
@@ -51,8 +51,13 @@ _ENTRIES: dict[str, type] = {kind.__name__: kind for kind in (ResetVector, RealM
 _SIZES = {
     "regs": {ctypes.sizeof(Regs)}, "sregs": {ctypes.sizeof(Sregs), ctypes.sizeof(Sregs2)},
     "events": {ctypes.sizeof(VcpuEvents)}, "mp_state": {ctypes.sizeof(MpState)}, "lapic": {ctypes.sizeof(Lapic)},
+    "fpu": {ctypes.sizeof(Fpu)}, "xcrs": {ctypes.sizeof(Xcrs)},
 }  # fmt: skip
 """Sizes of what readers look into; the rest is checked against the machine that takes it."""
+_COUNTED = dict.fromkeys(("msrs", "msrs_reset", "tsc_deadline"), ctypes.sizeof(MsrEntry)) | {
+    "cpuid": ctypes.sizeof(CpuidEntry)
+}
+"""Sizes of the entries behind a count of 8 bytes."""
 _NEEDED = ("regs", "sregs")
 
 T = TypeVar("T")
@@ -367,7 +372,13 @@ def _state(substates: Sequence[bytes], devices: Sequence[bytes], vcpus: int) -> 
         name, raw = raw_name.rstrip(b"\0").decode(), payload[_SUBSTATE.size :]
         if vcpu not in copies or name in copies[vcpu]:
             raise Damaged(f"it has a substate {name} of VCPU {vcpu} twice, or of one that there isn't")
-        if len(raw) not in _SIZES.get(name, {len(raw)}):
+        if name in _COUNTED:
+            right = len(raw) == 8 + int.from_bytes(raw[:8], "little") * _COUNTED[name]
+        elif name == "xsave":
+            right = len(raw) >= ctypes.sizeof(Xsave)
+        else:
+            right = len(raw) in _SIZES.get(name, {len(raw)})
+        if not right:
             raise Damaged(f"its {name} of VCPU {vcpu} has {len(raw)} bytes")
         copies[vcpu][name] = raw
     for index in range(vcpus):

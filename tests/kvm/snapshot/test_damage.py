@@ -1,0 +1,264 @@
+"""Whatever happens to a file: SnapshotError, and the machine as it was."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvm.backends.interface import System
+from kvm.errors import KvmError, MachineError, SnapshotError, VmdeckError
+from kvm.machine import Machine, Phase
+from kvm.snapshot import chain, notes
+from kvm.snapshot.file import read
+from kvm.x86.structs import Regs
+from tests.kvm.machines import COUNT, build, until
+from tests.kvm.snapshot.crafted import memory_of, seal, seal_at, settled, with_device, with_substate
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small snapshot, with some memory in it."""
+    from kvm.backends.software.system import SoftwareSystem
+
+    folder = tmp_path_factory.mktemp("small")
+    system = SoftwareSystem()
+    with build(system, folder, COUNT, memory=MIB) as machine:
+        machine.write_memory(0x3000, os.urandom(5000))
+        machine.save_file(folder / "small.vmdeck", name="small")
+    system.close()
+    return folder / "small.vmdeck"
+
+
+@pytest.fixture(scope="module")
+def taker(small: Path) -> Iterator[Machine]:
+    """A machine that could take it."""
+    from kvm.backends.software.system import SoftwareSystem
+
+    system = SoftwareSystem()
+    with build(system, small.parent, COUNT, memory=MIB) as machine:
+        yield machine
+    system.close()
+
+
+@pytest.fixture
+def copy(small: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "copy.vmdeck"
+    path.write_bytes(small.read_bytes())
+    return path
+
+
+def notes_end(path: Path) -> int:
+    with open(path, "rb") as file:
+        start = file.read(64 + 56)
+    _, _, offset, _, _, size, _, _ = struct.unpack("<IIQQQQQQ", start[64:])
+    return int(offset + size)
+
+
+class Corrupted:
+    """One byte of a file wrong, and right again."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDWR)
+
+    def at(self, offset: int, flip: int) -> Iterator[None]:
+        raw = os.pread(self.fd, 1, offset)
+        os.pwrite(self.fd, bytes([raw[0] ^ flip]), offset)
+        yield
+        os.pwrite(self.fd, raw, offset)
+
+
+def test_every_byte_of_the_headers_and_notes(copy: Path) -> None:
+    """And every 61st of the zeros up to the head's end."""
+    corrupted, rng = Corrupted(copy), random.Random(1)
+    with read(copy) as file:
+        size = file.head.size
+    end = notes_end(copy)
+    assert 8000 < end < size
+    for offset in (*range(end), *range(end, size, 61)):
+        for _ in corrupted.at(offset, rng.randrange(1, 256)):
+            with pytest.raises(SnapshotError):
+                read(copy)
+    read(copy).close()
+
+
+@pytest.mark.slow
+def test_every_bit_of_the_head(copy: Path) -> None:
+    corrupted = Corrupted(copy)
+    with read(copy) as file:
+        size = file.head.size
+    for offset in range(size):
+        for bit in range(8):
+            for _ in corrupted.at(offset, 1 << bit):
+                with pytest.raises(SnapshotError):
+                    read(copy)
+
+
+def test_bytes_of_memory_at_random(copy: Path) -> None:
+    """The reader doesn't look at memory, ``verify`` does, to the last byte."""
+    corrupted, rng = Corrupted(copy), random.Random(2)
+    with read(copy) as file:
+        first, last = file.head.size, file.head.file_size - 1
+        for offset in (first, last, *(rng.randrange(first, last) for _ in range(200))):
+            for _ in corrupted.at(offset, rng.randrange(1, 256)):
+                read(copy).close()
+                with pytest.raises(SnapshotError, match="doesn't match its checksum"):
+                    file.verify()
+        file.verify()
+
+
+def lengths(path: Path) -> list[int]:
+    whole, end = path.stat().st_size, notes_end(path)
+    return [*range(end + 20), *range(end + 20, whole, 997), *range(whole - 100, whole)]
+
+
+def check_length(path: Path, length: int) -> None:
+    os.truncate(path, length)
+    with pytest.raises(SnapshotError):
+        read(path)
+
+
+def test_every_length_of_the_head_and_many_beyond(copy: Path) -> None:
+    for length in reversed(lengths(copy)):
+        check_length(copy, length)
+
+
+@pytest.mark.slow
+def test_every_length(copy: Path) -> None:
+    for length in reversed(range(copy.stat().st_size)):
+        check_length(copy, length)
+
+
+def test_longer_than_it_was_written(copy: Path) -> None:
+    with open(copy, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(SnapshotError, match="longer"):
+        read(copy)
+
+
+SWEEP = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SWEEP
+@given(data=st.data())
+def test_a_head_with_a_right_checksum_around_anything(small: Path, data: st.DataObject) -> None:
+    """What no accident makes: the checksum was made anew. The decoder itself must stand it."""
+    with open(small, "rb") as file:
+        raw = bytearray(file.read(64 << 10))
+    at, end = seal_at(raw), notes_end(small)
+    for _ in range(data.draw(st.integers(1, 8))):
+        place = data.draw(st.integers(0, end - 1))
+        new = data.draw(st.binary(min_size=1, max_size=8))
+        raw[place : place + len(new)] = new
+    if seal_at(raw) == at:
+        raw = bytearray(seal(bytes(raw)))
+    try:
+        size = notes.head_bytes(bytes(raw), small.stat().st_size)
+        head = notes.unpack(bytes(raw[:size].ljust(size, b"\0")))
+    except notes.Damaged:
+        return
+    # What passes has the identity of all it holds: only what isn't of the state can differ.
+    with read(small) as file:
+        assert head.identity == file.head.identity
+        assert head.state == file.head.state
+
+
+@SWEEP
+@given(raw=st.binary(max_size=4096))
+def test_anything_at_all(tmp_path: Path, raw: bytes) -> None:
+    path = tmp_path / "any"
+    for start in (b"", b"\x7fELF\x02\x01\x01"):
+        path.write_bytes(start + raw)
+        with pytest.raises(SnapshotError):
+            read(path)
+
+
+@settings(SWEEP, max_examples=100)
+@given(
+    name=st.sampled_from(("msrs_reset", "tsc_deadline", "cpuid", "xsave", "events", "lapic", "xcrs", "nested", "new")),
+    raw=st.binary(max_size=600),
+)
+def test_a_machine_takes_no_substate_of_another_shape(small: Path, taker: Machine, name: str, raw: bytes) -> None:
+    """Through ``fit`` and ``check``: an error, or a struct of the right size."""
+    before = taker.save()
+    bad = with_substate(small, 0, name, raw)
+    try:
+        taker.load_file(bad)
+    except SnapshotError:
+        assert settled(taker.save()) == settled(before)
+    finally:
+        bad.unlink()
+
+
+def lying(path: Path) -> dict[str, Path]:
+    """Files whose checksums are right and that no machine can take: what each fails on."""
+    with read(path) as file:
+        sregs = bytearray(file.head.state.vcpus[0]["sregs"])
+    sregs[248:256] = (1 << 63).to_bytes(8, "little")  # CR4: only the put itself finds out
+    return {
+        "the put": with_substate(path, 0, "sregs", bytes(sregs)),
+        "a substate's size": with_substate(path, 0, "events", b"short"),
+        "a device's state": with_device(path, "cmos", b"short"),
+        "a device that isn't there": with_device(path, "nothing", b""),
+    }
+
+
+def test_18_a_failing_load_changes_nothing(system: System, tmp_path: Path) -> None:
+    """FACTS 5, bug 18: the file is damaged, or lies."""
+    path = tmp_path / "a.vmdeck"
+    with build(system, tmp_path, COUNT, memory=MIB) as machine:
+        machine.write_memory(0x5000, b"as saved")
+        machine.save_file(path)
+        machine.write_memory(0x5000, b"as it is")
+        machine.step()
+        checkpoint = machine.checkpoint("before")
+        machine.write_memory(0x6000, b"dirty")
+        state, memory, status = machine.save(), memory_of(machine), machine.status
+        corrupted, offsets = Corrupted(path), [*range(0, notes_end(path), 331), path.stat().st_size - 1]
+
+        def refused(bad: Path) -> None:
+            with pytest.raises(VmdeckError):
+                machine.load_file(bad, verify=True)
+            assert settled(machine.save()) == settled(state)
+            assert memory_of(machine) == memory
+            assert machine.status == status
+
+        for bad in lying(path).values():
+            refused(bad)
+        for offset in offsets:
+            for _ in corrupted.at(offset, 0x55):
+                refused(path)
+        # What was dirty before is dirty still, and the guest runs on from where it was.
+        machine.restore(checkpoint)
+        assert machine.read_memory(0x5000, 8) + machine.read_memory(0x6000, 5) == b"as it is" + bytes(5)
+        machine.run()
+        with pytest.raises(VmdeckError):
+            machine.load_file(lying(path)["the put"])
+        assert machine.status.phase is Phase.RUNNING
+        first = rax(machine)
+        until(lambda: rax(machine) != first)
+
+
+def test_18_control_without_a_way_back_half_a_machine_is_left(system: System, tmp_path: Path) -> None:
+    """The put that fails above is a real one: ``Machine.load`` alone, which promises less, stops there."""
+    path = tmp_path / "a.vmdeck"
+    with build(system, tmp_path, COUNT, memory=MIB) as machine:
+        machine.save_file(path)
+        with chain.open_chain(lying(path)["the put"]) as bad, pytest.raises(KvmError):
+            machine.load(bad.state)
+        assert machine.status.phase is Phase.STOPPED
+        with pytest.raises(MachineError, match="half-way"):
+            machine.save()
+
+
+def rax(machine: Machine) -> int:
+    machine.request_samples()
+    return Regs.from_buffer_copy(machine.view(0).regs).rax
