@@ -111,6 +111,8 @@ class Machine:
         self._listeners: list[Callable[[Status], None]] = []
         self._lock = threading.RLock()
         self._changed = threading.Condition()
+        self._orders = threading.Lock()
+        """Keeps orders to all VCPUs whole: a stop that comes half before a resume would leave some standing."""
         self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._epoch = 0
         self._checkpoints: list[Checkpoint] = []
@@ -519,8 +521,15 @@ class Machine:
     def _resume(self) -> None:
         self._ran = True
         self._set_status(Status(Phase.RUNNING))
-        for reply in [vcpu.resume() for vcpu in self.vcpus]:
-            reply.outcome()()
+        with self._orders:
+            replies = [vcpu.resume() for vcpu in self.vcpus]
+        outcomes = [reply.outcome() for reply in replies]
+        try:
+            for outcome in outcomes:
+                outcome()
+        except VmdeckError:
+            self._stop_all()
+            raise
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""
@@ -627,9 +636,10 @@ class Machine:
 
     def _stop_soon(self, act: Callable[[], None]) -> None:
         """From a VCPU's thread: have every VCPU stop where it stands, without waiting, and the supervisor act."""
-        self._inbox.put(_Message(self._epoch, act))
-        for vcpu in self.vcpus:
-            vcpu.stop()
+        with self._orders:
+            for vcpu in self.vcpus:
+                vcpu.stop()
+            self._inbox.put(_Message(self._epoch, act))
 
     def _supervise(self) -> None:
         while (message := self._inbox.get()) is not None:
