@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 
@@ -172,6 +172,11 @@ class Machine:
         """Oldest first. Any thread; never blocks."""
         return tuple(self._checkpoints)
 
+    @property
+    def came_from(self) -> int | None:
+        """The number of the checkpoint that was taken or restored last; None since a reset or load. Any thread."""
+        return self._came_from
+
     def subscribe(self, listener: Callable[[Status], None]) -> None:
         """Call this at every change of status, on the thread that made it; it must not block."""
         self._listeners.append(listener)
@@ -301,8 +306,7 @@ class Machine:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of this machine; the guest goes on if it ran. Raises MachineError, KvmError."""
         with self._operation("restore"):
-            if checkpoint not in self._checkpoints:
-                raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
+            checkpoint = self._kept(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             self._stop_all()
             self._pages.put_back(checkpoint.index)
@@ -315,10 +319,16 @@ class Machine:
     def forget(self, checkpoint: Checkpoint) -> None:
         """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
         with self._operation("forget"):
-            if checkpoint not in self._checkpoints:
-                raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
-            self._checkpoints.remove(checkpoint)
+            self._checkpoints.remove(self._kept(checkpoint))
             self._free_pages()
+
+    def rename(self, checkpoint: Checkpoint, name: str, note: str = "") -> Checkpoint:
+        """Give a checkpoint another name and note; the one it was still stands for it. Raises MachineError."""
+        with self._operation("rename"):
+            kept = self._kept(checkpoint)
+            renamed = replace(kept, name=name, note=note)
+            self._checkpoints[self._checkpoints.index(kept)] = renamed
+            return renamed
 
     def save_file(
         self,
@@ -551,6 +561,13 @@ class Machine:
                 "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
             ) from None
 
+    def _kept(self, checkpoint: Checkpoint) -> Checkpoint:
+        """This checkpoint as it is kept: a rename has put another one in the place of the caller's."""
+        for kept in self._checkpoints:
+            if kept.state is checkpoint.state:
+                return kept
+        raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
+
     def _free_pages(self) -> None:
         self._pages.keep_only(kept.index for kept in self._checkpoints)
 
@@ -596,6 +613,7 @@ class Machine:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
         self.board.check(state.devices)
         self._epoch += 1
+        self._forget_reasons()
         with self._all_or_stopped("load"):
             sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
             self.board.load(dict(state.devices))
@@ -607,6 +625,11 @@ class Machine:
 
     def _get_machine_rows(self) -> dict[str, bytes]:
         return dict(zip((row.name for row in self._machine_rows), self._vm.get(self._machine_rows), strict=True))
+
+    def _forget_reasons(self) -> None:
+        """Why a VCPU stopped is over with the state that it stopped in."""
+        for vcpu in self.vcpus:
+            vcpu.stop_reason = ""
 
     def _board_reset(self) -> None:
         self.board.reset()

@@ -24,7 +24,7 @@ class Checkpoint:
     """A machine at one moment, kept in memory.
 
     ``taken`` is time.time(); ``position`` each VCPU's RIP; ``pages`` how many pages are stored for it alone when it was
-    taken; ``parent`` the number of the checkpoint that the machine came from.
+    taken; ``parent`` the number of the checkpoint that the machine came from; ``note`` is a person's.
     """
 
     number: int
@@ -35,6 +35,7 @@ class Checkpoint:
     parent: int | None
     state: MachineState
     index: Index
+    note: str = ""
 
 
 def check(state: MachineState, table: Table, machine_rows: Sequence[Substate], vcpus: int) -> None:
