@@ -253,6 +253,7 @@ class Machine:
             skew = self._stop_all()
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
             self._epoch += 1
+            self._forget_reasons()
             with self._all_or_stopped("reset"):
                 self._board_reset()
                 self._load_image()
