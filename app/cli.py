@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -94,10 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     run = commands.add_parser("run", parents=[machine], help="open the workstation on a guest image")
-    run.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
+    run.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="kernel, boot sector, firmware, flat binary")
+    run.add_argument("--restore", metavar="FILE", type=Path, help="the machine in a snapshot file, instead of an image")
+    run.add_argument("--drop", action="store_true", help="with --restore: go on without what this backend can't carry")
+    run.add_argument("--verify", action="store_true", help="with --restore: check all memory before the guest runs")
     run.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
     run.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at, as 0x100000")
     run.set_defaults(command=_run)
+
+    from app.snapshot_cli import add_commands
+
+    add_commands(commands, _Parser)
 
     doctor = commands.add_parser("doctor", help="say what works on this machine, what doesn't, and why")
     doctor.set_defaults(command=_doctor)
@@ -111,6 +118,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if (options.image is None) == (options.restore is None):
+        raise ConfigError("Name either an IMAGE to run or, with --restore, a snapshot file. See vmdeck run --help.")
+    if options.restore is not None:
+        return _show(options, _restored(options.backend, options.restore, drop=options.drop, verify=options.verify))
     address = None if options.address is None else parse_address(options.address)
     return _start(options, options.image, options.format, address)
 
@@ -124,13 +135,18 @@ def _doctor(options: argparse.Namespace) -> int:
 def _start(options: argparse.Namespace, image: Path, format: str, address: int | None) -> int:
     vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
     check_memory(memory)
+    return _show(options, _machine(options.backend, vcpus, memory, image, format, address))
+
+
+def _show(options: argparse.Namespace, opening: AbstractContextManager[Machine]) -> int:
+    """The machine in the workstation, or headless; it isn't opened before the terminal is known to do."""
     if not options.headless:
         if options.dump_registers or options.ledger:
             raise ConfigError("--dump-registers and --ledger go with --headless: add it, or leave them out.")
         from app.terminal import check_terminal
 
         check_terminal()
-    with _machine(options.backend, vcpus, memory, image, format, address) as machine:
+    with opening as machine:
         if options.headless:
             if options.backend == "auto" and machine.system.name == "software":
                 print(
@@ -169,6 +185,19 @@ def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, ad
         config.check(system.caps["KVM_CAP_MAX_VCPUS"])
         boot_image = loader.load(image, memory=memory, format=format, address=address)
         with Machine(system, boot_image, config) as machine:
+            yield machine
+
+
+@contextmanager
+def _restored(backend: str, path: Path, *, drop: bool, verify: bool) -> Iterator[Machine]:
+    """The machine in a snapshot file, paused; what it lost is said. VCPUs and memory are the file's."""
+    from kvm.machine import Machine
+
+    with closing(open_system(backend)) as system:
+        machine, losses = Machine.from_file(system, path, drop=drop, verify=verify)
+        with machine:
+            for loss in losses:
+                print(f"vmdeck: lost: {loss}", file=sys.stderr)
             yield machine
 
 

@@ -16,7 +16,7 @@ from kvm.backends.interface import PAGE_SIZE
 from kvm.boot.image import BootImage, Segment
 from kvm.errors import SnapshotError
 from kvm.snapshot.contents import SOURCE_SHIFT, Contents, Index, PageArray
-from kvm.snapshot.file import Progress, Snapshot, SnapshotFile, Written, damaged, read, write
+from kvm.snapshot.file import Delta, Progress, Snapshot, SnapshotFile, Written, damaged, read, write
 from kvm.snapshot.notes import Head
 from kvm.snapshot.replace import FileKey, StrPath, key_of
 from kvm.snapshot.state import MachineState
@@ -104,6 +104,14 @@ class Chain:
             at += length
         return BootImage(stored.path, stored.format, tuple(segments), self.rom(), stored.entry)
 
+    def snapshot(self, name: str, note: str) -> Snapshot:
+        """It, to be written again under this name and note."""
+        head = self.head
+        return Snapshot(
+            head.memory, head.backend, head.taken, head.why, name, note, head.state, self.contents(), self.rom(),
+            self.image(),
+        )  # fmt: skip
+
     def verify(self, progress: Progress = lambda done, total: None, cancel: threading.Event | None = None) -> None:
         """Check every file's memory. Raises SnapshotError, SnapshotCancelled."""
         sizes = [file.head.file_size - file.head.size for file in self.files]
@@ -188,6 +196,15 @@ def _find_parent(child: SnapshotFile) -> SnapshotFile:
     )
 
 
+def identity_of(path: StrPath) -> bytes | None:
+    """The identity of the snapshot at ``path``; None if there is none."""
+    try:
+        with read(path) as file:
+            return file.head.identity
+    except SnapshotError:
+        return None
+
+
 def parent_path(child: StrPath, parent: StrPath) -> str:
     """How the child names where its parent is."""
     return os.path.relpath(os.path.realpath(parent), os.path.dirname(os.path.realpath(child)))
@@ -208,9 +225,24 @@ def rewrite(
     chain.verify(progress, cancel)
     if key_of(path) in chain.keys[:-1]:
         raise SnapshotError(f"Can't write {path}: {chain.path} builds on it. Choose another name.")
-    head = chain.head
-    snapshot = Snapshot(
-        head.memory, head.backend, head.taken, head.why, name, note, head.state, chain.contents(), chain.rom(),
-        chain.image(),
-    )  # fmt: skip
-    return write(path, snapshot, progress=progress, cancel=cancel)
+    return write(path, chain.snapshot(name, note), progress=progress, cancel=cancel)
+
+
+def relabel(path: StrPath, name: str, note: str) -> Written:
+    """Give a snapshot file another name and note. It stays the same snapshot: its children still find it.
+
+    Raises SnapshotError, the file as it was.
+    """
+    with open_chain(path) as chain:
+        head = chain.head
+        if head.parent is None:
+            return rewrite(chain, path, name, note, lambda done, total: None, None)
+        chain.verify()
+        pages = [
+            np.arange(page, page + extent.size // PAGE_SIZE)
+            for extent in head.extents
+            if (page := page_number(head.memory, extent.address)) is not None
+        ]
+        changed: Index = np.concatenate(pages).astype(np.int64) if pages else np.empty(0, np.int64)
+        rom = any(extent.address == layout.ROM_END - head.rom for extent in head.extents)
+        return write(path, chain.snapshot(name, note), delta=Delta(head.parent, changed, rom))

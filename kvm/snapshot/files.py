@@ -14,7 +14,7 @@ import xxhash
 from kvm.boot.image import BootImage
 from kvm.errors import MachineError, SnapshotError, SnapshotMismatch
 from kvm.snapshot import convert
-from kvm.snapshot.chain import Chain, parent_path
+from kvm.snapshot.chain import Chain, identity_of, parent_path
 from kvm.snapshot.contents import Index, PageArray
 from kvm.snapshot.file import Delta, Progress, Snapshot, Written, write
 from kvm.snapshot.notes import Parent
@@ -33,6 +33,8 @@ class Saved:
     index: Index
     keys: tuple[FileKey, ...]
     """The files of its chain, itself last."""
+    identities: tuple[bytes, ...]
+    """Theirs: a file that was renamed or got another note since is another inode."""
     image: BootImage
     rom: bytes
     """The ROM's digest."""
@@ -72,7 +74,8 @@ class MachineFiles:
         """Raise SnapshotError where writing to ``path`` would destroy what the machine, or the new file, needs."""
         key = key_of(path)
         mapped = {self._mapped[source] for source in self._pages.files} | set(self._ram)
-        chain = self._saved.keys if self._saved else ()
+        chain: Sequence[object] = (*self._saved.keys, *self._saved.identities) if self._saved else ()
+        own: Sequence[object] = (self._saved.keys[-1], self._saved.identities[-1]) if self._saved else ()
         shown = os.fspath(path)
         if incremental and self._saved is None:
             raise SnapshotError(
@@ -80,7 +83,8 @@ class MachineFiles:
             )
         if key is not None and key in mapped:
             raise SnapshotError(f"Can't save to {shown}: the machine's memory is mapped from it. Choose another name.")
-        if key is not None and key in (chain if incremental else chain[:-1]):
+        there = (key, identity_of(path))
+        if any(it in chain and (incremental or it not in own) for it in there):
             raise SnapshotError(f"Can't save to {shown}: the machine's last file builds on it. Choose another name.")
 
     def write(
@@ -114,7 +118,9 @@ class MachineFiles:
             with lock:
                 if done:
                     keys = (*(parent.keys if parent else ()), written.key)
-                    self._build_on(Saved(os.path.realpath(path), written.identity, index, keys, snapshot.image, rom))
+                    names = (*(parent.identities if parent else ()), written.identity)
+                    real = os.path.realpath(path)
+                    self._build_on(Saved(real, written.identity, index, keys, names, snapshot.image, rom))
                 self._pages.release(index)
         return written
 
@@ -167,7 +173,8 @@ class MachineFiles:
         self._ram = chain.keys[:1]
         rom = xxhash.xxh3_128_digest(mapped.image.rom)
         path = os.path.realpath(chain.path)
-        self._build_on(Saved(path, chain.head.identity, mapped.index, chain.keys, mapped.image, rom))
+        names = tuple(file.head.identity for file in chain.files)
+        self._build_on(Saved(path, chain.head.identity, mapped.index, chain.keys, names, mapped.image, rom))
 
     def check_later(self, chain: Chain, damaged: Callable[[SnapshotError], None]) -> None:
         """Verify the chain's memory on a thread, and close it; ``damaged`` hears of what doesn't match."""

@@ -182,7 +182,7 @@ def test_a_port_read_under_way_is_neither_lost_nor_repeated(system: System, tmp_
         with opened:
             opened.run()
             first = reads(opened)
-            until(lambda first=first: reads(opened) > first + 100)  # type: ignore[misc]
+            until(lambda opened=opened, first=first: reads(opened) > first + 100)  # type: ignore[misc]
 
 
 def test_flattened_it_needs_no_other(system: System, tmp_path: Path) -> None:
@@ -297,6 +297,11 @@ def test_17_no_snapshot_onto_a_file_in_use(system: System, tmp_path: Path) -> No
         for path in (*use.paths, tmp_path / "symlink", tmp_path / "hardlink"):
             use.refuses(path)
             use.refuses(path, incremental=True)
+        for path in use.paths:
+            chain.relabel(path, "another", "name")
+        assert memory_in(use.paths[2]) == use.memory
+        use.before = [path.read_bytes() for path in use.paths]
+        use.refuses(use.paths[0])
         machine.save_file(tmp_path / "other.vmdeck")
         assert memory_in(tmp_path / "other.vmdeck") == use.memory
 
