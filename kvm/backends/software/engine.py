@@ -59,9 +59,6 @@ _VMCB_MSRPM = 0x48
 MAPPED_END = 1 << (PHYSICAL_BITS - 1)
 """Physical addresses from here on do not exist for the guest."""
 
-_MappedRegion = tuple[int, int, int | None, bool]
-"""Address, size, host pointer (None: MMIO), read-only."""
-
 
 class Outside(Protocol):
     """What a run reaches beyond memory."""
@@ -88,32 +85,36 @@ class Engine:
 
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
-        self._uc: Any = Uc(const.UC_ARCH_X86, const.UC_MODE_64)
-        self._handle: Any = self._uc._uch
+        self._open()
         self._saved: Any = uc_context()
         uclib.uc_context_alloc(self._handle, ctypes.byref(self._saved))
         self.cpu = Context.from_address(int(self._saved.value or 0) + context.HEADER)
-        self._counter, self._budget = (
-            ctypes.c_uint64.from_address(int(self._handle.value or 0) + offset) for offset in counter_offsets()
-        )
         self._event = NOTHING
         self.error = ""
         """Why the emulator gave up, after a run that ended with GAVE_UP."""
         self._breakpoints: list[Any] = []
-        self._regions: list[_MappedRegion] = []
+        self._addresses: tuple[int, ...] = ()
+        self._mapped = False
         self._readonly: list[tuple[int, int, int]] = []
         self._unprotected: dict[int, tuple[int, bytes]] = {}
         self._failure: BaseException | None = None
-        uclib.uc_mem_map_ptr(self._handle, _HIDDEN, 2 * mmap.PAGESIZE, const.UC_PROT_READ, _HIDDEN_POINTER)
-        # An `until` address that isn't mapped would corrupt CR2: no exits, the budget alone ends a run.
-        self._uc.ctl_exits_enabled(True)
-        self._uc.ctl_set_exits([])
-        self._hook()
         uclib.uc_context_save(self._handle, self._saved)
         self.cpu.vmcb = _HIDDEN
         self.cpu.intercept = ALWAYS
         self.cpu.intercept_cr_read = self.cpu.intercept_cr_write = 1 << 8
         self.cpu.old_exception = -1
+
+    def _open(self) -> None:
+        self._uc: Any = Uc(const.UC_ARCH_X86, const.UC_MODE_64)
+        self._handle: Any = self._uc._uch
+        self._counter, self._budget = (
+            ctypes.c_uint64.from_address(int(self._handle.value or 0) + offset) for offset in counter_offsets()
+        )
+        uclib.uc_mem_map_ptr(self._handle, _HIDDEN, 2 * mmap.PAGESIZE, const.UC_PROT_READ, _HIDDEN_POINTER)
+        # An `until` address that isn't mapped would corrupt CR2: no exits, the budget alone ends a run.
+        self._uc.ctl_exits_enabled(True)
+        self._uc.ctl_set_exits([])
+        self._hook()
 
     def _hook(self) -> None:
         hook, insn = self._uc.hook_add, const.UC_HOOK_INSN
@@ -187,54 +188,50 @@ class Engine:
 
     def break_at(self, addresses: Iterable[int]) -> None:
         """Stop with BREAKPOINT before the instructions at these linear addresses, and at no others."""
+        self._addresses = tuple(addresses)
         for hook in self._breakpoints:
             self._uc.hook_del(hook)
         self._breakpoints = [
             self._uc.hook_add(const.UC_HOOK_CODE, lambda *_: self._stop(BREAKPOINT), None, address, address)
-            for address in addresses
+            for address in self._addresses
         ]
         self.flush_code()
 
     def map(self, memory: Iterable[tuple[int, int, int, bool]]) -> None:
         """Lay out physical memory: (address, size, host pointer, readonly), ascending; all between is MMIO."""
-        wanted: list[_MappedRegion] = []
+        if self._mapped:
+            # Unicorn unmaps page by page, which takes seconds for the MMIO up to the end: a new instance takes 3 ms.
+            self._discard()
+            self._open()
+            self._breakpoints = []
+            self.break_at(self._addresses)
+        self._mapped = True
+        self._readonly.clear()
         end = 0
         for address, size, pointer, readonly in memory:
-            if end < address:
-                wanted.append((end, address - end, None, False))
-            wanted.append((address, size, pointer, readonly))
+            self._map_mmio(end, address)
+            rights = const.UC_PROT_READ | const.UC_PROT_EXEC | (0 if readonly else const.UC_PROT_WRITE)
+            status = uclib.uc_mem_map_ptr(self._handle, address, size, rights, pointer)
+            if status:
+                raise RuntimeError(f"{address:#x}+{size:#x}: {uclib.uc_strerror(status).decode()}")
+            if readonly:
+                self._readonly.append((address, size, pointer))
             end = address + size
-        if end < MAPPED_END:
-            wanted.append((end, MAPPED_END - end, None, False))
-        # Unicorn unmaps page by page, seconds for the MMIO up to the end: what stays the same is left alone.
-        for region in set(self._regions) - set(wanted):
-            self._uc.mem_unmap(region[0], region[1])
-        for region in wanted:
-            if region not in self._regions:
-                self._map_region(*region)
-        self._regions = wanted
-        self._readonly = [
-            (address, size, pointer) for address, size, pointer, readonly in wanted if readonly and pointer
-        ]
-        self.flush_code()
+        self._map_mmio(end, MAPPED_END)
         self.commit(flush=True)
 
-    def _map_region(self, address: int, size: int, pointer: int | None, readonly: bool) -> None:
-        if pointer is None:
-            read, write, guard = self._outside.mmio_read, self._outside.mmio_write, self._guarded
-            self._uc.mmio_map(
-                address,
-                size,
-                lambda uc, offset, size, _: guard(read, address + offset, size),
-                None,
-                lambda uc, offset, size, value, _: guard(write, address + offset, size, value),
-                None,
-            )
+    def _map_mmio(self, first: int, end: int) -> None:
+        if first >= end:
             return
-        rights = const.UC_PROT_READ | const.UC_PROT_EXEC | (0 if readonly else const.UC_PROT_WRITE)
-        status = uclib.uc_mem_map_ptr(self._handle, address, size, rights, pointer)
-        if status:
-            raise RuntimeError(f"{address:#x}+{size:#x}: {uclib.uc_strerror(status).decode()}")
+        read, write, guard = self._outside.mmio_read, self._outside.mmio_write, self._guarded
+        self._uc.mmio_map(
+            first,
+            end - first,
+            lambda uc, offset, size, _: guard(read, first + offset, size),
+            None,
+            lambda uc, offset, size, value, _: guard(write, first + offset, size, value),
+            None,
+        )
 
     def _write_protected(self, uc: Any, access: int, address: int, size: int, value: int, data: Any) -> bool:
         """Let the one instruction write, and take it back before the next: the emulator knows no ignored write."""
@@ -254,11 +251,14 @@ class Engine:
             self._uc.mem_protect(first, len(contents), const.UC_PROT_READ | const.UC_PROT_EXEC)
         self._unprotected.clear()
 
+    def _discard(self) -> None:
+        # Its callbacks hold the object, so it would stay, with its code buffer, until a collection of cycles.
+        self._counter = self._budget = ctypes.c_uint64()
+        self._uc._Uc__finalizer()
+        self._uc = None
+
     def close(self) -> None:
         """Free the instance; ``cpu`` must not be touched any more."""
         if self._uc is not None:
-            self._counter = self._budget = ctypes.c_uint64()
+            self._discard()
             uclib.uc_context_free(self._saved)
-            # Its callbacks hold the object, so it would stay, with its code buffer, until a collection of cycles.
-            self._uc._Uc__finalizer()
-            self._uc = None

@@ -8,7 +8,10 @@ LIMITS: tuple[tuple[str, str], ...] = (
         "time",
         "virtual: 10 ns an instruction, 1 µs an access to a device; the guest's clocks follow it",
     ),
-    ("XSAVE, AVX, AVX-512", "not in CPUID; the instructions give #UD, but some VEX forms run as their SSE or x87 originals"),
+    (
+        "XSAVE, AVX, AVX-512",
+        "not in CPUID; the instructions give #UD, but some VEX forms run as their SSE or x87 originals",
+    ),
     ("VMX, SVM, SMM, SGX", "not there; the instructions give #UD"),
     ("x2APIC, a moved APIC page", "WRMSR of APIC_BASE gives #GP"),
     ("8-byte MMIO", "comes as two accesses of 4 bytes, the lower first"),

@@ -374,6 +374,8 @@ class SoftwareVcpu:
         new = GuestDebug.from_buffer_copy(raw)
         if new.control & ~_DEBUG_FLAGS:
             raise Invalid(f"control={new.control:#x}")
+        if self._debug.control & ~new.control & GUESTDBG_BLOCKIRQ:
+            self._check_interrupts = True
         self._debug = new
         breakpoints: dict[int, int] = {}
         if new.control & GUESTDBG_ENABLE and new.control & GUESTDBG_USE_HW_BP:
