@@ -120,10 +120,12 @@ def _nested_template(size: int) -> bytes:
 
 
 _GET_ORDER = (
-    "events", "mp_state", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "tsc_deadline", "lapic",
+    "mp_state", "events", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "tsc_deadline", "lapic",
     "debugregs", "nested", "tsc_khz",
 )  # fmt: skip
-"""Events, then MP state: reading it can accept an INIT or SIPI and so change CS and RIP (as QEMU reads them).
+"""MP state first: reading it accepts a latched INIT or SIPI, which changes CS and RIP, and clears what events hold.
+
+QEMU reads events before it: an INIT then stands in them as latched still, and is latched again when they are put.
 
 The TSC deadline before the LAPIC: a timer that fires between the two reads is then found twice, which comes to one
 interrupt when it is put back; the other way round it would be found in neither.

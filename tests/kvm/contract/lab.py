@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from kvm import sync
-from kvm.backends.interface import Bus, Exit, IoctlTrace, VcpuFd
-from kvm.boot import loader
+from kvm.backends.interface import Bus, Exit, IoctlTrace, VcpuFd, Vm
 from kvm.errors import KvmError, SubstateError
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
@@ -111,7 +110,8 @@ def synchronize(machine: Machine, vcpu: int = 0) -> Vcpu:
 
 def write_all(vcpu: Vcpu) -> None:
     """What QEMU does at runtime, and this contract doesn't: write every row of the level, changed or not."""
-    vcpu.known.clear()
+    for row in vcpu.table.get_order:
+        vcpu.known.pop(row.name, None)
 
 
 def with_rows(monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
@@ -180,16 +180,17 @@ class Tracing:
         return {call.thread for call in self.calls if call.vcpu == vcpu}
 
 
-Fault = Callable[[str, str, int], int]
-"""Asked before each ioctl of a VCPU (its name, the substate's or "", the VCPU); an errno to fail with, or 0."""
+Fault = Callable[[str, str, int | None], int]
+"""Asked before each ioctl (its name, the substate's or "", the VCPU or None); an errno to fail with, or 0."""
 
 
 class FaultyFd:
-    """A VCPU's fd whose ioctls fail when ``fault`` says so; otherwise they are the real fd's, one row at a time."""
+    """A VCPU's fd, or a VM's, whose ioctls fail when ``fault`` says so; else they are the real one's, row by row."""
 
-    def __init__(self, fd: VcpuFd, fault: Fault) -> None:
-        self._fd = fd
+    def __init__(self, fd: VcpuFd | Vm, fault: Fault) -> None:
+        self._fd: Any = fd
         self._fault = fault
+        self._index: int | None = getattr(fd, "index", None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fd, name)
@@ -203,8 +204,8 @@ class FaultyFd:
 
     def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], what: Any) -> Any:
         assert ioctl is not None
-        if number := self._fault(ioctl, row.name, self._fd.index):
-            raise SubstateError(row.name, place, ioctl, number, vcpu=self._fd.index)
+        if number := self._fault(ioctl, row.name, self._index):
+            raise SubstateError(row.name, place, ioctl, number, vcpu=self._index)
         try:
             return move([what])
         except SubstateError as error:
@@ -212,23 +213,14 @@ class FaultyFd:
             raise
 
     def run(self, bus: Bus) -> Exit:
-        if number := self._fault("KVM_RUN", "", self._fd.index):
-            raise KvmError("KVM_RUN", number, vcpu=self._fd.index)
-        return self._fd.run(bus)
+        if number := self._fault("KVM_RUN", "", self._index):
+            raise KvmError("KVM_RUN", number, vcpu=self._index)
+        ended: Exit = self._fd.run(bus)
+        return ended
 
 
 def inject(machine: Machine, fault: Fault) -> None:
-    """From now on the machine's VCPUs fail as ``fault`` says. On real KVM and on the software backend alike."""
+    """From now on the ioctls of the machine and its VCPUs fail as ``fault`` says, whatever the backend."""
+    machine._vm = FaultyFd(machine._vm, fault)  # type: ignore[assignment]
     for vcpu in machine.vcpus:
-        real = vcpu.fd._fd if isinstance(vcpu.fd, FaultyFd) else vcpu.fd
-        vcpu.fd = FaultyFd(real, fault)  # type: ignore[assignment]
-
-
-def no_fault(ioctl: str, substate: str, vcpu: int) -> int:
-    return 0
-
-
-def image(folder: Path, code: bytes, *, format: str, address: int, memory: int) -> Any:
-    path = folder / "guest.bin"
-    path.write_bytes(code)
-    return loader.load(path, memory=memory, format=format, address=address)
+        vcpu.fd = FaultyFd(vcpu.fd, fault)  # type: ignore[assignment]

@@ -1,0 +1,448 @@
+"""What happens when an ioctl fails: each one, in each hook, at each level, with each errno, on both backends.
+
+The outcomes stand in the table OPERATIONS. In all of them: no hang, the error says what and where, nothing is taken
+for written that wasn't, no state is lost, and the same operation works once the cause is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvm.backends.interface import ExitKind, System
+from kvm.errors import KvmError, MachineError, SubstateError
+from kvm.levels import WritebackLevel
+from kvm.machine import Machine, Phase
+from kvm.snapshot.state import Checkpoint, MachineState
+from kvm.vcpu import Reply, Vcpu
+from kvm.x86.structs import pack_msrs, unpack_msrs
+from tests.kvm.contract.lab import (
+    FULL,
+    RESET,
+    RUNTIME,
+    changed_regs,
+    inject,
+    makes_progress,
+    regs_of,
+    synchronize,
+    write_all,
+)
+from tests.kvm.machines import COUNT, ORIGIN, build, until
+
+ERRNOS = (errno.EINTR, errno.EAGAIN, errno.ENOMEM, errno.EIO, errno.EINVAL)
+VCPUS, VICTIM = 2, 1
+MARK, OTHER_MARK = 0x5151_0000_1234, 0x7272_0000_5678
+"""What RSI holds, which no guest here touches: before, and in the state that is loaded."""
+LSTAR, NOT_CANONICAL = 0xC0000082, 0x8000_0000_0000_0005
+
+Call = tuple[str, str, int | None]
+"""An ioctl: its name, the substate, the VCPU."""
+
+
+class Failing:
+    """Fails one ioctl, once; ``done`` are those that were let through."""
+
+    def __init__(self) -> None:
+        self.target: Call | None = None
+        self.errno = 0
+        self.done: list[Call] = []
+
+    def arm(self, target: Call, number: int) -> None:
+        self.target, self.errno = target, number
+        self.done = []
+
+    def __call__(self, *call: str | int | None) -> int:
+        if call == self.target:
+            self.target = None
+            return self.errno
+        self.done.append(call)  # type: ignore[arg-type]
+        return 0
+
+
+@dataclass
+class Scene:
+    """A machine, paused, with MARK in every VCPU's RSI, and a state of it with OTHER_MARK."""
+
+    machine: Machine
+    failing: Failing
+    state: MachineState
+    checkpoint: Checkpoint
+
+    def marks(self) -> set[int]:
+        return {regs_of(self.machine, index).rsi for index in range(VCPUS)}
+
+    def prepare(self) -> None:
+        for index in range(VCPUS):
+            self.machine.edit(index, "rsi", MARK)
+
+
+@pytest.fixture
+def scene(system: System, tmp_path: Path) -> Iterator[Scene]:
+    with build(system, tmp_path, COUNT, vcpus=VCPUS, memory=1 << 20) as machine:
+        saved = machine.save()
+        marked = tuple({**vcpu, "regs": changed_regs(vcpu["regs"], rsi=OTHER_MARK)} for vcpu in saved.vcpus)
+        state = MachineState(marked, saved.machine, saved.devices)
+        machine.load(state)
+        checkpoint = machine.checkpoint()
+        failing = Failing()
+        inject(machine, failing)
+        yield Scene(machine, failing, state, checkpoint)
+
+
+def everything_changed(scene: Scene) -> None:
+    """All copies own their state, and every row is to be written: what a put can have to do at most."""
+    scene.prepare()
+    for vcpu in scene.machine.vcpus:
+        write_all(vcpu)
+
+
+def nothing_owned(scene: Scene) -> None:
+    """The kernel owns all state, as after a run."""
+    scene.prepare()
+    run_and_pause(scene)
+
+
+def run_and_pause(scene: Scene) -> None:
+    scene.machine.run()
+    makes_progress(scene.machine, 10)
+    until(lambda: not any(vcpu.dirty for vcpu in scene.machine.vcpus))  # each has begun to run
+    scene.machine.pause()
+
+
+def run_on(scene: Scene) -> None:
+    """The guest's run fails on a VCPU's thread; the supervisor says so."""
+    scene.machine.run()
+    scene.machine.wait(Phase.STOPPED, timeout=20)
+
+
+def step(scene: Scene) -> None:
+    ended = scene.machine.step()
+    assert ended[0].kind is ExitKind.DEBUG
+
+
+def sync_victim(scene: Scene) -> None:
+    synchronize(scene.machine, VICTIM)
+
+
+def save(scene: Scene) -> None:
+    state = scene.machine.save()
+    assert {int.from_bytes(vcpu["regs"][32:40], "little") for vcpu in state.vcpus} == {MARK}
+
+
+def checkpoint(scene: Scene) -> None:
+    scene.machine.forget(scene.machine.checkpoint())
+
+
+def edit(scene: Scene) -> None:
+    scene.machine.edit(VICTIM, "rbp", 0x99)
+    assert regs_of(scene.machine, VICTIM).rbp == 0x99
+
+
+def reset(scene: Scene) -> None:
+    scene.machine.reset()
+    assert regs_of(scene.machine).rip == ORIGIN
+
+
+def load(scene: Scene) -> None:
+    scene.machine.load(scene.state)
+
+
+def restore(scene: Scene) -> None:
+    scene.machine.restore(scene.checkpoint)
+
+
+def while_running(operation: Callable[[Scene], None]) -> Callable[[Scene], None]:
+    def started(scene: Scene) -> None:
+        if scene.machine.status.phase is Phase.PAUSED:
+            armed, scene.failing.target = scene.failing.target, None
+            scene.machine.run()
+            makes_progress(scene.machine, 10)
+            until(lambda: not any(vcpu.dirty for vcpu in scene.machine.vcpus))
+            scene.failing.target = armed
+        operation(scene)
+
+    return started
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row of the table: what is done, with what before it, and how it ends when one of its ioctls fails.
+
+    ``phase``: the machine's after a failed get, and after a failed put. ``dirty``: does the victim's copy own its state
+    then? ``mark``: RSI after the retry. ``raises``: the caller gets the error (else only the status has it).
+    """
+
+    do: Callable[[Scene], None]
+    before: Callable[[Scene], None]
+    level: WritebackLevel | None
+    after_get: tuple[Phase, bool] | None
+    after_put: tuple[Phase, bool] | None
+    mark: int = MARK
+    raises: bool = True
+
+
+PAUSED, STOPPED = Phase.PAUSED, Phase.STOPPED
+CLEAN, DIRTY = False, True
+
+OPERATIONS = {
+    #                          does         after               level    a get failed       a put failed
+    "sync": Operation(sync_victim, nothing_owned, None, (PAUSED, CLEAN), None),
+    "edit": Operation(edit, nothing_owned, None, (PAUSED, CLEAN), None),
+    "save": Operation(save, nothing_owned, None, (PAUSED, CLEAN), None),
+    "checkpoint": Operation(checkpoint, nothing_owned, None, (PAUSED, CLEAN), None),
+    "checkpoint while running": Operation(while_running(checkpoint), nothing_owned, None, (PAUSED, CLEAN), None),
+    "run": Operation(run_on, everything_changed, RUNTIME, None, (STOPPED, DIRTY), raises=False),
+    "step": Operation(step, everything_changed, RUNTIME, None, (PAUSED, DIRTY)),
+    "reset": Operation(reset, nothing_owned, RESET, (PAUSED, CLEAN), (STOPPED, DIRTY), mark=0),
+    "reset while running": Operation(
+        while_running(reset), nothing_owned, RESET, (PAUSED, CLEAN), (STOPPED, DIRTY), mark=0
+    ),
+    "load": Operation(load, nothing_owned, FULL, None, (STOPPED, DIRTY), mark=OTHER_MARK),
+    "restore": Operation(restore, nothing_owned, FULL, None, (STOPPED, DIRTY), mark=OTHER_MARK),
+}  # fmt: skip
+
+
+def targets(machine: Machine, operation: Operation) -> list[Call]:
+    """Each ioctl that the operation makes, the victim's and the machine's."""
+    calls: list[Call] = []
+    chips = machine._machine_rows
+    reads_chips = operation.do in (save, checkpoint)
+    if operation.after_get:
+        calls += [(str(row.get), row.name, VICTIM) for row in machine.table.get_order]
+        calls += [(str(row.get), row.name, None) for row in chips if reads_chips]
+    if operation.after_put and operation.level:
+        # Of the rows that KVM can't read back, guest debug alone ever changes: for a step.
+        changed = {"guest_debug"} if operation.do is step else set()
+        rows = [
+            row for row in machine.table.put_order if row.level <= operation.level and (row.get or row.name in changed)
+        ]
+        if operation.level > RUNTIME:
+            calls += [(str(row.put), row.name, None) for row in chips if row.level <= operation.level]
+        calls += [(str(row.put), row.name, VICTIM) for row in rows]
+    return calls
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_ioctl_fails_once_and_the_retry_works(scene: Scene, name: str) -> None:
+    operation, machine, failing = OPERATIONS[name], scene.machine, scene.failing
+    made = targets(machine, operation)
+    assert len(made) >= 7
+    for place, target in enumerate(made):
+        number = ERRNOS[place % len(ERRNOS)]
+        operation.before(scene)
+        failing.arm(target, number)
+        told = outcome(scene, operation)
+        assert failing.target is None, f"{target} was never made"
+
+        ioctl, substate, vcpu = target
+        was_put = "_SET_" in ioctl
+        where = "the machine's" if vcpu is None else f"VCPU {vcpu}"
+        expected = operation.after_put if was_put else operation.after_get
+        assert expected is not None
+        for part in (ioctl, substate, errno.errorcode[number], os.strerror(number)):
+            assert part in told, (target, told)
+        if vcpu is not None:
+            assert where in told
+            if was_put and operation.level:
+                assert operation.level.name in told
+        victim = machine.vcpus[VICTIM]
+        assert machine.status.phase is expected[0], (target, machine.status)
+        if vcpu is not None:
+            assert victim.dirty is expected[1], target
+        assert not any(each.running for each in machine.vcpus)
+        if operation.level in (RESET, FULL) and was_put:
+            with pytest.raises(MachineError, match="failed half-way"):
+                machine.run()
+        ledger_has(machine, target, told)
+
+        written = [call for call in failing.done if "_SET_" in call[0] and call[2] == VICTIM]
+        failing.done = []
+        operation.do(scene) if operation.raises else run_and_pause(scene)
+        again = [call for call in failing.done if "_SET_" in call[0] and call[2] == VICTIM]
+        if was_put and vcpu is not None:
+            assert target in again
+            if operation.level is RUNTIME:  # nothing twice, nothing left out
+                rest = [call for call in made[place:] if call not in written]
+                assert again[: len(rest)] == rest
+        machine.pause()
+        if operation.mark:
+            assert scene.marks() == {operation.mark}, target
+        else:
+            assert scene.marks() == {0}
+        run_and_pause(scene)
+
+
+def outcome(scene: Scene, operation: Operation) -> str:
+    """Do it; what the error, or the status, tells."""
+    if not operation.raises:
+        operation.do(scene)
+        return scene.machine.status.reason
+    with pytest.raises(KvmError) as caught:
+        operation.do(scene)
+    error = caught.value
+    assert isinstance(error, SubstateError)
+    if "_SET_" in error.ioctl and error.vcpu is not None:
+        assert error.level is operation.level
+    return str(error)
+
+
+def ledger_has(machine: Machine, target: Call, told: str) -> None:
+    """The failed call stands in the ledger with what it did move."""
+    ioctl, substate, vcpu = target
+    if vcpu is None:
+        return
+    part = next(
+        part for record in reversed(machine.ledger.records) for part in record.parts if part.vcpu == vcpu and part.error
+    )
+    assert part.error in told
+    moved = part.written if "_SET_" in ioctl else part.read
+    assert substate not in moved
+    assert part.ioctls == len(moved) + 1
+
+
+@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+def test_every_errno_ends_alike(scene: Scene, number: int) -> None:
+    for name in ("run", "reset", "load", "save"):
+        operation = OPERATIONS[name]
+        operation.before(scene)
+        ioctl = "KVM_GET_REGS" if operation.after_get and not operation.after_put else "KVM_SET_REGS"
+        scene.failing.arm((ioctl, "regs", VICTIM), number)
+        assert errno.errorcode[number] in outcome(scene, operation)
+        operation.do(scene) if operation.raises else run_and_pause(scene)
+        assert scene.marks() == {operation.mark}
+
+
+@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+def test_kvm_run_fails(scene: Scene, number: int) -> None:
+    """EINTR and EAGAIN too: a backend answers those itself, what comes out of its ``run`` is final."""
+    scene.prepare()
+    scene.failing.arm(("KVM_RUN", "", VICTIM), number)
+    run_on(scene)
+    status = scene.machine.status
+    assert status.phase is STOPPED
+    assert status.vcpu == VICTIM
+    for part in (f"VCPU {VICTIM}", "KVM_RUN", errno.errorcode[number]):
+        assert part in status.reason
+    assert not scene.machine.vcpus[VICTIM].dirty  # what was put before the run is the kernel's
+    run_and_pause(scene)
+    assert scene.marks() == {MARK}
+
+
+def test_a_failed_step_leaves_no_vcpu_stepping(scene: Scene) -> None:
+    """VCPU 1 waits for its SIPI inside the step when VCPU 0's has failed already."""
+    scene.prepare()
+    scene.failing.arm(("KVM_SET_REGS", "regs", 0), errno.EIO)
+    with pytest.raises(SubstateError, match="VCPU 0"):
+        scene.machine.step()
+    scene.machine.vcpus[1].run_on(lambda: None)
+    step(scene)
+    run_and_pause(scene)
+
+
+def test_a_failed_events_put_is_made_up_for_though_regs_are_clean_by_then(scene: Scene) -> None:
+    """SET_REGS clears a pending exception: once it has gone in, events have to follow, be it at the retry."""
+    scene.machine.edit(0, "rsi", MARK)
+    scene.failing.arm(("KVM_SET_VCPU_EVENTS", "events", 0), errno.EIO)
+    run_on(scene)
+    scene.failing.done = []
+    run_and_pause(scene)
+    put = [call[:2] for call in scene.failing.done if call[2] == 0 and "_SET_" in call[0]]
+    assert put == [("KVM_SET_VCPU_EVENTS", "events")]
+
+
+@pytest.mark.parametrize("level", [RUNTIME, RESET, FULL], ids=lambda level: level.name)
+def test_a_partial_msr_put_names_index_and_value_at_each_level(scene: Scene, level: WritebackLevel) -> None:
+    machine = scene.machine
+    scene.prepare()
+    good = machine.vcpus[VICTIM].copy["msrs"]
+    bad = pack_msrs({**unpack_msrs(good), LSTAR: NOT_CANONICAL})
+    told = ""
+    if level is RUNTIME:
+        machine.vcpus[VICTIM].copy["msrs"] = bad
+        run_on(scene)
+        told = machine.status.reason
+        machine.vcpus[VICTIM].copy["msrs"] = good  # as it was before: yet it isn't what the kernel holds now
+    elif level is RESET:
+        fresh = machine._fresh[VICTIM]
+        machine._fresh[VICTIM] = {**fresh, "msrs": bad}
+        with pytest.raises(SubstateError) as caught:
+            machine.reset()
+        told = str(caught.value)
+        machine._fresh[VICTIM] = fresh
+    else:
+        vcpus = list(scene.state.vcpus)
+        vcpus[VICTIM] = {**vcpus[VICTIM], "msrs": bad}
+        with pytest.raises(SubstateError) as caught:
+            machine.load(MachineState(tuple(vcpus), scene.state.machine, scene.state.devices))
+        told = str(caught.value)
+    for part in (f"VCPU {VICTIM}", "KVM_SET_MSRS", "msrs", hex(LSTAR), hex(NOT_CANONICAL), level.name, "EINVAL"):
+        assert part in told
+    assert machine.status.phase is STOPPED
+    assert machine.vcpus[VICTIM].dirty
+    assert not machine.vcpus[0].dirty or level is RUNTIME
+    scene.failing.done = []
+    {RUNTIME: run_and_pause, RESET: reset, FULL: load}[level](scene)
+    assert ("KVM_SET_MSRS", "msrs", VICTIM) in scene.failing.done
+    run_and_pause(scene)
+    assert unpack_msrs(synchronize(machine, VICTIM).copy["msrs"])[LSTAR] == unpack_msrs(good)[LSTAR]
+
+
+def test_a_device_that_refuses_its_state_leaves_everything_as_it_was(scene: Scene) -> None:
+    nothing_owned(scene)
+    devices = {**scene.state.devices, "uart": b"damaged"}
+    name = next(iter(scene.state.devices))
+    devices = {**scene.state.devices, name: b"damaged by somebody"}
+    total = scene.machine.ledger.total
+    with pytest.raises(Exception, match="damaged"):
+        scene.machine.load(MachineState(scene.state.vcpus, scene.state.machine, devices))
+    assert scene.machine.ledger.total == total
+    assert not any(vcpu.dirty for vcpu in scene.machine.vcpus)
+    assert scene.machine.status.phase is PAUSED
+    assert scene.marks() == {MARK}
+
+
+@pytest.mark.parametrize("ioctl", ["KVM_GET_REGS", "KVM_SET_REGS", "KVM_SET_CPUID2", "KVM_GET_IRQCHIP"])
+def test_a_machine_whose_init_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ioctl: str
+) -> None:
+    from kvm.backends.software.system import SoftwareSystem
+
+    system = SoftwareSystem()
+    failing = Failing()
+    before = set(threading.enumerate())
+    substate = {"KVM_SET_CPUID2": "cpuid", "KVM_GET_IRQCHIP": "ioapic"}.get(ioctl, "regs")
+    failing.arm((ioctl, substate, None if substate == "ioapic" else 1), errno.ENOMEM)
+    system.fault = failing
+    with pytest.raises(SubstateError, match=ioctl):
+        build(system, tmp_path, COUNT, vcpus=VCPUS)
+    assert set(threading.enumerate()) == before
+    with build(system, tmp_path, COUNT, vcpus=VCPUS) as machine:
+        machine.run()
+        makes_progress(machine)
+
+
+def test_a_vcpu_that_stops_all_does_not_stop_those_resumed_meanwhile(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VCPU 1 fails, and is slow to say so to VCPU 0; by then somebody has let the machine run on."""
+    ran_on = threading.Event()
+    real = Vcpu.stop
+
+    def slow_stop(vcpu: Vcpu) -> Reply[int]:
+        if vcpu.index == 0 and threading.current_thread().name == "vcpu1":
+            ran_on.wait(0.3)  # the machine must not let it come so far: then this is how long it takes
+        return real(vcpu)
+
+    monkeypatch.setattr(Vcpu, "stop", slow_stop)
+    scene.failing.arm(("KVM_RUN", "", VICTIM), errno.EIO)
+    run_on(scene)
+    scene.machine.run()
+    ran_on.set()
+    makes_progress(scene.machine)
+    assert scene.machine.status.phase is Phase.RUNNING
