@@ -192,10 +192,14 @@ class Engine:
         for hook in self._breakpoints:
             self._uc.hook_del(hook)
         self._breakpoints = [
-            self._uc.hook_add(const.UC_HOOK_CODE, lambda *_: self._stop(BREAKPOINT), None, address, address)
+            self._uc.hook_add(const.UC_HOOK_CODE, lambda *_: self._at_breakpoint(), None, address, address)
             for address in self._addresses
         ]
         self.flush_code()
+
+    def _at_breakpoint(self) -> None:
+        if self._counter.value > 1:  # where a run begins is the caller's to look at, RF and all
+            self._stop(BREAKPOINT)
 
     def map(self, memory: Iterable[tuple[int, int, int, bool]]) -> None:
         """Lay out physical memory: (address, size, host pointer, readonly), ascending; all between is MMIO."""

@@ -91,7 +91,9 @@ class Bus:
 
 
 def _descriptor(base: int, limit: int, access: int, flags: int) -> int:
-    return limit & 0xFFFF | (base & 0xFFFFFF) << 16 | access << 40 | (limit >> 16) << 48 | flags << 52 | base >> 24 << 56
+    return (
+        limit & 0xFFFF | (base & 0xFFFFFF) << 16 | access << 40 | (limit >> 16) << 48 | flags << 52 | base >> 24 << 56
+    )
 
 
 _GDT = (
@@ -244,9 +246,8 @@ class Guest:
         return int.from_bytes(self.read(address, 8), "little")
 
     def frame(self, count: int, size: int = 8) -> list[int]:
-        """The topmost ``count`` values of the stack: in a handler the vector, the error code, then what the CPU pushed."""
-        top, raw = self.regs().rsp, b""
-        raw = self.read(top, count * size)
+        """The topmost values of the stack: in a handler the vector, the error code, then what the CPU pushed."""
+        raw = self.read(self.regs().rsp, count * size)
         return [int.from_bytes(raw[at : at + size], "little") for at in range(0, len(raw), size)]
 
     # Running

@@ -244,7 +244,9 @@ def test_pit_channel_2_and_port_61_measure_time_as_seabios_does(make: Make) -> N
 
 def test_a_line_pulsed_by_a_device_arrives_by_the_8259s(make: Make) -> None:
     guest = make(
-        ".code32\n" + PICS.format(mask="0xef") + """
+        ".code32\n"
+        + PICS.format(mask="0xef")
+        + """
         sti; mov $7, %al
         out %al, $0x90
         incl 0x6000
@@ -293,7 +295,9 @@ def test_a_level_triggered_line_comes_again_until_it_is_lowered(make: Make) -> N
 
 def test_a_masked_line_is_kept_by_the_8259(make: Make) -> None:
     guest = make(
-        ".code32\n" + PICS.format(mask="0xff") + """
+        ".code32\n"
+        + PICS.format(mask="0xff")
+        + """
         sti
         out %al, $0x90
         mov $1, %al; out %al, $0x80
@@ -508,7 +512,7 @@ def test_a_copy_of_the_machine_goes_on_like_the_original(make: Make) -> None:
     moment.start()
     one.run()
     moment.join()
-    assert 0 < one.u32(0x6000)
+    assert one.u32(0x6000) > 0
     copy.memory[:] = one.memory[:]
     copy.vm.memory_changed()
     for index in range(4):
