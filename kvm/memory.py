@@ -102,10 +102,11 @@ class Memory:
             self.write(address + offset, bytes(min(piece, size - offset)))
 
     def replace_ram(self, memory: Sequence[mmap.mmap]) -> list[mmap.mmap]:
-        """Put other host memory of the same sizes behind the RAM, its dirty log empty; what was there before.
+        """Put other host memory of the same sizes behind the RAM, its dirty log on and empty; what was there before.
 
         Every VCPU stands. Raises KvmError, all as it was.
         """
+        self._logging = True
         before = [region.memory for region in self.ram]
         try:
             self._put_behind(memory)
@@ -116,7 +117,7 @@ class Memory:
 
     def _put_behind(self, memory: Sequence[mmap.mmap]) -> None:
         for region, mapping in zip(self.ram, memory, strict=True):
-            self._vm.set_memory(region.slot, region.address, mapping, log_dirty=self._logging)
+            self._vm.set_memory(region.slot, region.address, mapping, log_dirty=True)
             region.memory = mapping
             region.host_wrote.clear()
             region.__post_init__()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from bisect import bisect
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +60,16 @@ class Chain:
         index = np.zeros(memory // PAGE_SIZE, np.int64)
         for number, file in enumerate(self.files):
             base = first + number << SOURCE_SHIFT
-            zero = np.zeros((file.head.file_size - file.head.size) // PAGE_SIZE, bool)
-            zero[file.holes()] = True
+            stored = file.stored()
             for extent in file.head.extents:
                 page = page_number(memory, extent.address)
                 if page is None:
                     continue
                 place, count = (extent.offset - file.head.size) // PAGE_SIZE, extent.size // PAGE_SIZE
-                numbers = np.arange(place, place + count, dtype=np.int64) + base
-                numbers[zero[place : place + count]] = 0
-                index[page : page + count] = numbers
+                if number:
+                    index[page : page + count] = 0
+                for start, end in _within(stored, place, place + count):
+                    index[page + start - place : page + end - place] = np.arange(base + start, base + end)
         return index
 
     def contents(self) -> Contents:
@@ -132,6 +134,16 @@ class Chain:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _within(ranges: list[tuple[int, int]], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """What of the ascending ranges lies from ``first`` up to ``end``."""
+    for number in range(max(bisect(ranges, (first, 0)) - 1, 0), len(ranges)):
+        start, stop = max(ranges[number][0], first), min(ranges[number][1], end)
+        if start >= end:
+            return
+        if start < stop:
+            yield start, stop
 
 
 def page_number(memory: int, address: int) -> int | None:

@@ -252,17 +252,15 @@ class SnapshotFile:
         except (OSError, ValueError) as error:
             raise SnapshotError(f"Can't map {self.path}: {error}. Copy it to a local disk.") from error
 
-    def holes(self) -> Index:
-        """The pages, counted from the head's end, that the file system knows to be zero without reading them."""
+    def stored(self) -> list[tuple[int, int]]:
+        """The pages, counted from the head's end, that aren't known to be zero without reading: (first, end) ranges."""
         head, found = self.head, []
         at = head.size
-        while at < head.file_size:
-            data = min(self._next_data(at), head.file_size)
-            found.append(np.arange((at - head.size) // PAGE_SIZE, (data - head.size) // PAGE_SIZE))
-            if data == head.file_size:
-                break
-            at = -(-os.lseek(self._fd, data, os.SEEK_HOLE) // PAGE_SIZE) * PAGE_SIZE
-        return np.concatenate(found).astype(np.int64) if found else np.empty(0, np.int64)
+        while (data := self._next_data(at)) < head.file_size:
+            hole = self._next_hole(data)
+            at = min(-(-hole // PAGE_SIZE) * PAGE_SIZE, head.file_size)
+            found.append(((data - head.size) // PAGE_SIZE, (at - head.size) // PAGE_SIZE))
+        return found
 
     def image_data(self) -> bytes:
         """What the stored guest image's segments hold, checked. Raises SnapshotError."""
@@ -306,6 +304,9 @@ class SnapshotFile:
             return os.lseek(self._fd, offset, os.SEEK_DATA)
         except OSError:
             return self.head.file_size
+
+    def _next_hole(self, offset: int) -> int:
+        return os.lseek(self._fd, offset, os.SEEK_HOLE) if hasattr(os, "SEEK_HOLE") else self.head.file_size
 
     def _read_into(self, view: memoryview, offset: int) -> None:
         while view:
