@@ -44,13 +44,15 @@ def _fill(m: Machine) -> None:
 
 
 def files() -> None:
-    """Save and restore, against a bare write of the same bytes and fsync."""
+    """Save and restore, against a bare write of the same bytes and fsync, each to a new file."""
     with tempfile.TemporaryDirectory(dir=HERE) as name, machine(COUNT, 1, MEMORY) as m:
         folder = Path(name)
         writer = folder / "write"
         subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", writer, HERE / "write.c"], check=True)
 
         def bare(size: int) -> float:
+            (folder / "bare").unlink(missing_ok=True)
+            os.sync()
             done = subprocess.run([writer, folder / "bare", str(size)], check=True, capture_output=True, timeout=60)
             return float(json.loads(done.stdout)["write"])
 
@@ -59,6 +61,8 @@ def files() -> None:
         stood: list[float] = []
 
         def save(path: Path, *, incremental: bool = False) -> float:
+            path.unlink(missing_ok=True)
+            os.sync()
             start = time.perf_counter()
 
             def resumed(status: Status) -> None:
@@ -75,8 +79,15 @@ def files() -> None:
             f"  first save (all pages copied): {save(folder / 'a') / 1e3:.1f} ms, guest stood {stood[-1] / 1e3:.1f} ms"
         )
         stored = m.save_file(folder / "a").stored
-        pairs = [(save(folder / "a"), bare(stored)) for _ in range(ROUNDS)]
+        pairs = [(save(folder / "b"), bare(stored)) for _ in range(ROUNDS)]
         line("save whole, 64 of 128 MiB used", *(statistics.median(side) for side in zip(*pairs, strict=True)))
+        m.pause()
+        pairs = [(save(folder / "b"), bare(stored)) for _ in range(ROUNDS)]
+        line(
+            "  the same while the guest leaves us its core",
+            *(statistics.median(side) for side in zip(*pairs, strict=True)),
+        )
+        m.run()
         print(f"  the guest stood {statistics.median(stood[1:]):.0f} µs of it")
 
         def small(number: int) -> float:
@@ -173,7 +184,7 @@ def qemu() -> None:
         m.run()
         m.save_file(folder / "ours")
         with _qemu(folder) as other:
-            time.sleep(1)
+            time.sleep(1)  # its BIOS
             saves = [_timed(lambda: other.monitor("savevm a")) for _ in range(3)]
             line("save; QEMU's savevm", _median(lambda: _timed(lambda: m.save_file(folder / "ours"))),
                  statistics.median(saves))  # fmt: skip
