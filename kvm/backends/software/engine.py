@@ -144,6 +144,10 @@ class Engine:
         """End the run before its next instruction. Safe inside every hook, where stopping the emulator is not."""
         self._budget.value = 0
 
+    def spend(self, instructions: int) -> None:
+        """Take so many off what is left of the run."""
+        self._budget.value = max(0, self._budget.value - instructions)
+
     @property
     def count(self) -> int:
         """Instructions begun in this run so far."""

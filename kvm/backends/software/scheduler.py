@@ -28,6 +28,7 @@ OUTSIDE_NS = 1000
 poll the time through them end. Never past the end of a slot, for fairness."""
 LONGEST = 100_000
 """Instructions at a time where no other VCPU and no interrupt waits: what a lost race against a kick may cost."""
+_NEVER = 1 << 63
 
 
 class Timer(Protocol):
@@ -74,8 +75,9 @@ class Scheduler:
     def charge(self) -> None:
         """The running VCPU has left the emulator."""
         self._charge += OUTSIDE_NS
-        if self.now() >= self._limit:
-            self.cut()
+        if self._running is not None:
+            # Off the budget too, so that a slice ends at the same instruction whether or not a kick divides it.
+            self._running.engine.spend(OUTSIDE_NS // INSTRUCTION_NS)
 
     def give_way(self) -> None:
         """The VCPU in hand spins: let the next one run, or some time pass."""
@@ -154,7 +156,6 @@ class Scheduler:
         for vcpu in self.vcpus:
             if vcpu.sample_wanted and vcpu.inside:
                 vcpu.publish()
-        self._fire_timers()
         active: Sequence[SoftwareVcpu] = [vcpu for vcpu in self.vcpus if vcpu.inside and vcpu.stepping and vcpu.ready()]
         if not active:
             active = [vcpu for vcpu in self.vcpus if vcpu.ready()]
@@ -171,13 +172,14 @@ class Scheduler:
             self._slice(vcpu, alone=len(active) == 1)
 
     def _slice(self, vcpu: SoftwareVcpu, *, alone: bool) -> None:
-        slot_end = (self._time // self._slot + 1) * self._slot
-        end = self._time + LONGEST * INSTRUCTION_NS if alone and not vcpu.window else slot_end
+        ends = [(self._time // self._slot + 1) * self._slot] if vcpu.window or not alone else []
         due = self._next_due()
         if due is not None:
-            end = min(end, due)
-        budget = min(max(1, -(-(end - self._time) // INSTRUCTION_NS)), vcpu.most)
-        self._limit = max(end, self._time + budget * INSTRUCTION_NS)
+            ends.append(due)
+        end = min(ends, default=self._time + LONGEST * INSTRUCTION_NS)
+        budget = min(max(1, -(-(end - self._time) // INSTRUCTION_NS)), LONGEST, vcpu.most)
+        # Charges are cut off where somebody else's time begins, and nowhere else.
+        self._limit = max(end, self._time + budget * INSTRUCTION_NS) if ends else _NEVER
         self._alone = alone
         self._charge = 0
         self._running = vcpu
@@ -193,6 +195,7 @@ class Scheduler:
         self._account(begun * INSTRUCTION_NS)
         vcpu.finish(event, begun)
         self._account(0)
+        self._fire_timers()  # now, so that nobody sees a state in which one is overdue
 
     def _account(self, spent: int) -> None:
         self._time = min(self._time + spent + self._charge, self._limit)
@@ -212,6 +215,7 @@ class Scheduler:
         else:
             self._time = due
             self._idled = 0.0
+            self._fire_timers()
 
     # Timers
 
