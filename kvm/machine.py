@@ -24,7 +24,7 @@ from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
 from kvm.memory import Memory
 from kvm.snapshot.chain import open_chain
-from kvm.snapshot.contents import Index
+from kvm.snapshot.contents import Contents, Index
 from kvm.snapshot.file import Progress, Snapshot, Written
 from kvm.snapshot.files import MachineFiles, Mapped
 from kvm.snapshot.pages import PageStore
@@ -330,6 +330,11 @@ class Machine:
             renamed = replace(kept, name=name, note=note)
             self._checkpoints[self._checkpoints.index(kept)] = renamed
             return renamed
+
+    def contents(self, checkpoint: Checkpoint) -> Contents:
+        """A checkpoint's RAM, for ``kvm.snapshot.diff``; good for as long as the checkpoint is kept."""
+        with self._operation("look at a checkpoint"):
+            return self._pages.contents(checkpoint.index)
 
     def save_file(
         self,
