@@ -191,10 +191,18 @@ def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, ad
 @contextmanager
 def _restored(backend: str, path: Path, *, drop: bool, verify: bool) -> Iterator[Machine]:
     """The machine in a snapshot file, paused; what it lost is said. VCPUs and memory are the file's."""
+    from app.snapshot_cli import Meter
     from kvm.machine import Machine
+    from kvm.snapshot.file import read
 
+    with read(path) as file:
+        check_memory(file.head.memory)
     with closing(open_system(backend)) as system:
-        machine, losses = Machine.from_file(system, path, drop=drop, verify=verify)
+        meter = Meter(f"verifying {path.name}")
+        try:
+            machine, losses = Machine.from_file(system, path, drop=drop, verify=verify, progress=meter)
+        finally:
+            meter.end()
         with machine:
             for loss in losses:
                 print(f"vmdeck: lost: {loss}", file=sys.stderr)

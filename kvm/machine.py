@@ -410,13 +410,19 @@ class Machine:
 
     @classmethod
     def from_file(
-        cls, system: System, path: StrPath, *, drop: bool = False, verify: bool = False
+        cls,
+        system: System,
+        path: StrPath,
+        *,
+        drop: bool = False,
+        verify: bool = False,
+        progress: Progress = lambda done, total: None,
     ) -> tuple[Machine, tuple[str, ...]]:
         """A machine as the file's configuration says, loaded, paused; and what was lost. Raises as ``load_file``."""
         with open_chain(path) as chain:
             machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory))
         try:
-            return machine, machine.load_file(path, drop=drop, verify=verify)
+            return machine, machine.load_file(path, drop=drop, verify=verify, progress=progress)
         except BaseException:
             machine.close()
             raise
@@ -590,7 +596,7 @@ class Machine:
             self._pages.adopt(mapped.index, mapped.sources, mapped.missing)
             self.memory.write(layout.ROM_END - len(rom), mapped.image.rom)
             self._load(state)
-        except VmdeckError:
+        except BaseException:
             self.memory.replace_ram(ram)
             self._pages.revert(settled)
             self.memory.write(layout.ROM_END - len(rom), rom)

@@ -102,6 +102,25 @@ def test_a_full_disk_leaves_the_old_file(system: System, tmp_path: Path) -> None
         assert memory_in(tmp_path / "elsewhere") == memory_of(machine)
 
 
+def test_a_file_system_without_nameless_files_does_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS, some FUSE: the file has a name while it's written, which goes away when that fails."""
+    from kvm.backends.software.system import SoftwareSystem
+
+    monkeypatch.setattr(os, "O_TMPFILE", 0)
+    folder = tmp_path / "saves"
+    folder.mkdir()
+    with build(SoftwareSystem(), tmp_path, COUNT, memory=4 * MIB) as machine:
+        during: list[list[Path]] = []
+        machine.write_memory(MIB, b"x")
+        machine.save_file(folder / "a", progress=lambda done, total: during.append(list(folder.iterdir())))
+        assert [path.suffix for path in during[0]] == [".part"]
+        assert list(folder.iterdir()) == [folder / "a"]
+        with pytest.raises(ZeroDivisionError):
+            machine.save_file(folder / "a", progress=lambda done, total: 1 / 0)  # type: ignore[arg-type,return-value]
+        assert list(folder.iterdir()) == [folder / "a"]
+        assert memory_in(folder / "a") == memory_of(machine)
+
+
 def after_a_failed_save(
     machine: Machine, folder: Path, disk: Path
 ) -> tuple[Path, np.ndarray[tuple[int], np.dtype[np.int64]]]:
