@@ -24,11 +24,19 @@ COMMANDS = (
     Command("machine.run", "space,f5", "run", "Run", "Let the guest run on", button=True),
     Command("machine.pause", "space,f5", "pause", "Pause", "Stop every VCPU where it is", button=True),
     Command("machine.step", "s,f6", "step", "Step", "One instruction on the selected VCPU", button=True),
+    Command("machine.edit", "e", "edit", "Edit", "Set a register of the selected VCPU", button=True),
     Command("machine.step_all", "S", "step_all", "Step all", "One instruction on every VCPU", footer=False),
     Command(
         "machine.checkpoint", "c,f8", "checkpoint", "Checkpoint", "Keep the whole machine as it is now", button=True
     ),
-    Command("machine.restore", "b,f9", "restore", "Back", "Go back to the newest checkpoint", button=True),
+    Command(
+        "machine.checkpoint_as", "C", "checkpoint_as", "Checkpoint as", "Type a name, then keep the machine",
+        footer=False,
+    ),
+    Command(
+        "machine.restore", "b,f9", "restore", "Back", "Go back to the checkpoint that the machine came from",
+        button=True,
+    ),
     Command(
         "machine.reset", "r", "reset", "Reset", "Reset the machine, at once; only a checkpoint takes it back",
         button=True,
@@ -40,6 +48,7 @@ COMMANDS = (
     ),
     Command("show.vcpus", "escape", "focus_pane('vcpus')", "VCPUs", "Back to the VCPUs", footer=False),
     Command("show.console", "f2", "focus_pane('console')", "Type", "Type at the guest; F2 again leaves"),
+    Command("show.zoom", "z,f7", "zoom", "Zoom", "The whole terminal for the pane that has the keyboard", footer=False),
     Command("show.source", "o", "source", "Other output", "Serial line or debug console", footer=False),
     Command("show.ledger", "f3", "focus_pane('ledger')", "Ledger", "What the hooks moved", footer=False),
     Command(

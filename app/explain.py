@@ -27,19 +27,25 @@ _WHAT = {
 }
 
 
-def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: str, width: int) -> tuple[Line, ...]:
-    """The banner's lines; none while the guest can run. ``code``: bytes at ``rip``. ``back``: what Back leads to."""
+def explain(
+    status: Status, *, rip: int | None, bits: int, code: bytes, back: str, width: int, typing: bool = False
+) -> tuple[Line, ...]:
+    """The banner's lines; none while the guest can run. ``code``: bytes at ``rip``. ``back``: what Back leads to.
+
+    ``typing``: the console has the keyboard, so other keys work.
+    """
+    keys = _keys(back, typing)
     if status.phase is Phase.EXITED:
         code_ = status.code or 0
         return (
             ((" ● The guest ended itself", "info strong"), (f" with {code_:#x} through isa-debug-exit.", "text")),
-            ((f"   vmdeck will return {exit_code(code_)}. ", "text"), *_keys(back)),
+            ((f"   vmdeck will return {exit_code(code_)}. ", "text"), *keys),
         )
     if status.phase is not Phase.STOPPED:
         return ()
     who = "The machine" if status.vcpu is None else f"VCPU {status.vcpu}"
     if status.exit is None:
-        return (((f" ■ {who} stopped", "bad strong"),), *_prose(status.reason, width), (("   ", ""), *_keys(back)))
+        return (((f" ■ {who} stopped", "bad strong"),), *_prose(status.reason, width), (("   ", ""), *keys))
     what, why = _WHAT.get(status.exit.kind, _WHAT[ExitKind.UNKNOWN])
     lines: list[Line] = [((f" ■ {who} {what}", "bad strong"),)]
     raw = status.exit.insn or code
@@ -50,7 +56,7 @@ def explain(status: Status, *, rip: int | None, bits: int, code: bytes, back: st
         )
     elif status.exit.detail:
         lines += _prose(status.exit.detail, width)
-    return (*lines, *_prose(why, width), (("   ", ""), *_keys(back)))
+    return (*lines, *_prose(why, width), (("   ", ""), *keys))
 
 
 def _prose(text: str, width: int) -> list[Line]:
@@ -62,8 +68,13 @@ def exit_code(value: int) -> int:
     return value << 1 | 1
 
 
-def _keys(back: str) -> Line:
-    keys: Line = (("r", "accent strong"), (" resets", "text"))
+def _keys(back: str, typing: bool) -> Line:
+    rows = [("F2", " leaves the console")] if typing else [("r", " resets")]
     if back:
-        keys = (*keys, (", ", "text"), ("b", "accent strong"), (f" goes back to {back}", "text"))
-    return (*keys, (", ", "text"), ("q", "accent strong"), (" quits.", "text"))
+        rows.append(("F9" if typing else "b", f" goes back to {back}"))
+    rows.append(("ctrl+q" if typing else "q", " quits"))
+    keys: Line = ()
+    for key, does in rows:
+        keys += ((", ", "text"),) if keys else ()
+        keys += ((key, "accent strong"), (does, "text"))
+    return (*keys, (".", "text"))

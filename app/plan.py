@@ -35,10 +35,13 @@ class Plan:
         return self.list_rows + self.down * self.pane_rows
 
 
-def plan(columns: int, rows: int, vcpus: int) -> Plan:
-    """Share out ``columns`` × ``rows`` cells between the VCPUs and, at least 30 % of the rows, what is below them."""
+def plan(columns: int, rows: int, vcpus: int, *, whole: bool = False) -> Plan:
+    """Share out ``columns`` × ``rows`` cells between the VCPUs and, at least 30 % of the rows, what is below them.
+
+    ``whole``: nothing is below them.
+    """
     side = min(columns * 42 // 100, columns - CONSOLE - 1) if columns >= _BESIDE else 0
-    room = rows - max(4, rows * 3 // 10)
+    room = rows if whole else rows - max(4, rows * 3 // 10)
     widths = {
         across: (columns + 1) // across - 1 for across in range(1, max(columns // (vcpu_pane.MIN_WIDTH + 1), 1) + 1)
     }
@@ -76,4 +79,6 @@ def plan(columns: int, rows: int, vcpus: int) -> Plan:
     if best[0]:
         _, width, across = best
         return Plan(list_rows, across, room // vcpu_pane.heights(width)[1], vcpu_pane.heights(width)[1], side)
+    if whole:
+        return Plan(0, 1, 1, rows, side)  # on a small terminal all of one VCPU, without the list of the others
     return Plan(list_rows, 1, 1, room, side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,21 +18,24 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Button, Footer
 
-from app import plan
-from app.code import instruction_at, read_code
+from app import edit, plan
+from app.code import read_code
 from app.commands import BINDINGS, COMMANDS
 from app.explain import exit_code, explain
+from app.frames import make_frame
+from app.ledger_rows import ledger_rows
 from app.theme import VMDECK
+from app.tree import tree_entries
 from kvm.backends.interface import ExitKind
 from kvm.errors import VmdeckError
-from kvm.ledger import Record
-from kvm.machine import Activity, Checkpoint, Machine, Phase, Status, VcpuView
+from kvm.machine import Checkpoint, Machine, Phase, Status
 from kvm.x86 import decode
 from kvm.x86.structs import Regs, Sregs
-from widgets.checkpoints import CheckpointEntry, CheckpointsPane
+from widgets.checkpoints import CheckpointsPane
 from widgets.console import ConsolePane
-from widgets.frame import Changes, VcpuFrame
-from widgets.ledger import LedgerEntry, LedgerPane
+from widgets.frame import Changes
+from widgets.ledger import LedgerPane
+from widgets.prompt import Prompt, Question
 from widgets.status import Banner, StatusLine, StatusValues, TooSmall
 from widgets.vcpu_area import VcpuArea
 from widgets.vcpu_pane import VcpuPane
@@ -42,15 +44,18 @@ RATE = 30
 """Frames a second while the guest runs."""
 IDLE = 8
 """While it stands, only every IDLEth of them is looked at."""
-STALE_NS = 1_000_000_000
 QUEUED = 16
 """Operations that may wait for their turn; keys pressed beyond that are dropped."""
 OUTPUT = 6 << 10
 """Bytes of console output that one frame takes: a third of its time."""
 BACKLOG = 256 << 10
 """Of output that lies further behind, the older part is left out, and the console says so."""
-SHOWN_RECORDS = 200
-WIDE = 130
+SHOWN_ROWS = 200
+FOCUSED = ("vcpus", "console", "ledger", "checkpoints")
+"""The panes that can have the keyboard."""
+BELOW = 6
+"""Rows below the VCPUs that are worth having."""
+WIDE = 140
 """Columns from which the buttons stand beside the status."""
 
 
@@ -85,6 +90,8 @@ class Workstation(App[int]):
 
     def __init__(self, machine: Machine, *, title: str = "") -> None:
         super().__init__()
+        self.register_theme(VMDECK)
+        self.theme = VMDECK.name  # now: a change of theme later styles everything a second time
         self.machine = machine
         self.title = title or Path(machine.image.path).name
         self.selected = 0
@@ -92,6 +99,9 @@ class Workstation(App[int]):
         self._cells = Size(80, 24)
         self._place = "console"
         """What is shown in the place that console, ledger and checkpoints share on a small terminal."""
+        self._keyboard = "vcpus"
+        """The pane that has the keyboard, or had it before the prompt."""
+        self._zoomed = False
         self._changes = [Changes() for _ in machine.vcpus]
         self._waiting: deque[_Operation] = deque()
         self._busy = ""
@@ -99,7 +109,10 @@ class Workstation(App[int]):
         self._ticks = 0
         self._seen_total = -1
         self._last_status: Status | None = None
-        self._restored: int | None = None
+        self._parents: dict[int, int | None] = {}
+        """Of every checkpoint there ever was."""
+        self._asked: Callable[[str], None] = lambda text: None
+        """What the prompt's answer is for. It raises VmdeckError for one that won't do."""
         self._usable: dict[str, bool | None] = {}
         self._outputs = (machine.board.serial_console, machine.board.debug_console)
         self._positions = [0, 0]
@@ -123,12 +136,11 @@ class Workstation(App[int]):
             with Vertical(id="side"):
                 yield LedgerPane(id="ledger")
                 yield CheckpointsPane(id="checkpoints")
+        yield Prompt(id="prompt")
         yield Footer(show_command_palette=False, compact=True)
         yield TooSmall(plan.MIN_COLUMNS, plan.MIN_ROWS)
 
     def on_mount(self) -> None:
-        self.register_theme(VMDECK)
-        self.theme = VMDECK.name
         self._main = self.screen
         self._laid_out = True
         self._arrange()
@@ -161,16 +173,22 @@ class Workstation(App[int]):
         self.query_one("#top").set_class(wide, "-wide")
         chrome = (1 if wide else 2) + 1 + len(self.query_one(Banner).content)
         count = len(self.machine.vcpus)
-        shares = plan.plan(columns, rows - chrome, count)
+        alone = self._keyboard if self._zoomed else ""
+        shares = plan.plan(columns, rows - chrome, count, whole=alone == "vcpus")
+        if alone == "vcpus" and rows - chrome - shares.rows >= BELOW:
+            alone = ""  # everything about them leaves room for the others
         self.query_one(VcpuArea).lay_out(
             list_rows=shares.list_rows,
             across=shares.across,
             pane_rows=shares.pane_rows,
             panes=min(shares.panes, count),
         )
-        self._main.set_class(not shares.side, "-tabbed")
-        self.query_one("#side").styles.width = shares.side or "100%"
-        self._share_place(shares.side > 0)
+        self.query_one(VcpuArea).display = alone in ("", "vcpus")
+        self.query_one("#below").display = alone != "vcpus"
+        beside = shares.side > 0 and not alone
+        self._main.set_class(not beside, "-tabbed")
+        self.query_one("#side").styles.width = shares.side if beside else "100%"
+        self._share_place(beside)
 
     def _share_place(self, beside: bool) -> None:
         console, ledger = self.query_one(ConsolePane), self.query_one(LedgerPane)
@@ -179,11 +197,18 @@ class Workstation(App[int]):
         self.query_one("#side").display = beside or self._place != "console"
         ledger.display = beside or self._place == "ledger"
         checkpoints.display = beside or self._place == "checkpoints"
-        console.others = "" if beside else "F3 Ledger  F4 Checkpoints"
-        ledger.others = "" if beside else "F2 Console  F4 Checkpoints"
-        checkpoints.others = "" if beside else "F2 Console  F3 Ledger"
+        zoom = "z Back" if self._zoomed else "z Zoom"
+        console.others = "" if beside else f"F3 Ledger  F4 Checkpoints  {zoom}"
+        ledger.others = "" if beside else f"F2 Console  F4 Checkpoints  {zoom}"
+        checkpoints.others = "" if beside else f"F2 Console  F3 Ledger  {zoom}"
         for pane in (console, ledger, checkpoints):
             pane.redraw()
+
+    def action_zoom(self) -> None:
+        """All rows for the pane that has the keyboard, or for all of them again."""
+        self._zoomed = not self._zoomed
+        self._arrange()
+        self.call_after_refresh(self._draw)
 
     # What is drawn
 
@@ -207,33 +232,11 @@ class Workstation(App[int]):
     def _draw_vcpus(self) -> None:
         area = self.query_one(VcpuArea)
         visible = area.in_view(len(self.machine.vcpus), self.selected)
-        now = time.monotonic_ns()
-        running = self.machine.status.phase is Phase.RUNNING
-        area.show(
-            [
-                self._frame(self.machine.view(index), index in visible, running, now)
-                for index in range(len(self.machine.vcpus))
-            ],
-            self.selected,
-        )
-
-    def _frame(self, view: VcpuView, detailed: bool, running: bool, now: int) -> VcpuFrame:
-        changed = self._changes[view.index].observe(view.regs, view.sregs, running=running, now_ns=now)
-        old = running and view.activity is not Activity.STOPPED and view.regs and not view.from_copy
-        age = now - view.time_ns if old else 0
-        insn = instruction_at(self.machine, view.regs, view.sregs) if detailed and view.regs and view.sregs else None
-        return VcpuFrame(
-            index=view.index,
-            activity=view.activity.value,
-            reason=view.reason,
-            dirty=view.dirty,
-            last_put=view.last_put.name if view.last_put else "",
-            regs=view.regs,
-            sregs=view.sregs,
-            insn=insn,
-            changed=changed,
-            age=age // 1_000_000_000 if age > STALE_NS else 0,
-        )
+        frames = [
+            make_frame(self.machine, index, changes, detailed=index in visible)
+            for index, changes in enumerate(self._changes)
+        ]
+        area.show(frames, self.selected)
 
     def _draw_console(self) -> None:
         pane = self.query_one(ConsolePane)
@@ -251,23 +254,11 @@ class Workstation(App[int]):
         ledger = self.machine.ledger
         if ledger.total != self._seen_total and pane.display:
             self._seen_total = ledger.total
-            pane.show([_ledger_entry(record) for record in reversed(ledger.records[-SHOWN_RECORDS:])], ledger.total)
+            pane.show(ledger_rows(ledger.records)[:SHOWN_ROWS], ledger.total)
 
     def _draw_checkpoints(self) -> None:
-        now = time.time()
-        self.query_one(CheckpointsPane).show(
-            [
-                CheckpointEntry(
-                    number=checkpoint.number,
-                    name=checkpoint.name,
-                    age=max(int(now - checkpoint.taken), 0),
-                    pages=checkpoint.pages,
-                    rip=checkpoint.position[0] if checkpoint.position else None,
-                    current=checkpoint.number == self._restored,
-                )
-                for checkpoint in reversed(self.machine.checkpoints)
-            ]
-        )
+        self._parents.update((checkpoint.number, checkpoint.parent) for checkpoint in self.machine.checkpoints)
+        self.query_one(CheckpointsPane).show(tree_entries(self.machine, self._parents))
 
     def _draw_status(self) -> None:
         status = self.machine.status
@@ -277,6 +268,7 @@ class Workstation(App[int]):
             self._last_status = status
             self._draw_banner(status)
             self._draw_keys()
+            self.query_one(ConsolePane).listen(status.phase is Phase.RUNNING)
         self.query_one(StatusLine).show(
             StatusValues(
                 phase=status.phase.value,
@@ -301,13 +293,19 @@ class Workstation(App[int]):
                 rip, bits = regs.rip, decode.mode(sregs, regs.rflags).bits
                 code = read_code(self.machine, regs, sregs)
             self.selected = status.vcpu
-        newest = self.machine.checkpoints[-1:]
+        back = self._origin()
         banner = self.query_one(Banner)
         banner.set_class(status.phase is Phase.EXITED, "-exited")
         before = len(banner.content)
         banner.show(
             explain(
-                status, rip=rip, bits=bits, code=code, back=newest[0].name if newest else "", width=self._cells.width
+                status,
+                rip=rip,
+                bits=bits,
+                code=code,
+                back=back.name if back else "",
+                width=self._cells.width,
+                typing=self._keyboard == "console",
             )
         )
         if len(banner.content) != before:
@@ -381,35 +379,99 @@ class Workstation(App[int]):
         self.operate("step all", self.machine.step)
 
     def action_reset(self) -> None:
-        self._restored = None
         self.operate("reset", self.machine.reset)
 
     def action_checkpoint(self) -> None:
-        def take() -> None:
-            self._restored = self.machine.checkpoint().number
+        self.take_checkpoint("")
 
-        self.operate("checkpoint", take)
+    def take_checkpoint(self, name: str) -> None:
+        """Without a name it gets one from its number."""
+        self.operate("checkpoint", partial(self.machine.checkpoint, name))
 
     def action_restore(self) -> None:
-        # The newest when its turn comes: the one being taken right now counts.
-        self.operate("restore", lambda: self._restore(self.machine.checkpoints[-1]))
+        def back() -> None:  # where to is known when its turn comes: a checkpoint being taken right now counts
+            origin = self._origin()
+            if origin:
+                self.machine.restore(origin)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        self.machine.restore(checkpoint)
-        self._restored = checkpoint.number
+        self.operate("restore", back)
 
-    def _checkpoint(self, number: int) -> Checkpoint | None:
+    def _origin(self) -> Checkpoint | None:
+        """The checkpoint that the machine came from, or else the newest one."""
+        checkpoints = self.machine.checkpoints
+        return self._checkpoint(self.machine.came_from) or (checkpoints[-1] if checkpoints else None)
+
+    def _checkpoint(self, number: int | None) -> Checkpoint | None:
         return next((found for found in self.machine.checkpoints if found.number == number), None)
 
     def on_checkpoints_pane_chosen(self, message: CheckpointsPane.Chosen) -> None:
         checkpoint = self._checkpoint(message.number)
-        if checkpoint:
-            self.operate("restore", partial(self._restore, checkpoint))
+        if checkpoint is None:
+            return
+        if message.what == "restore":
+            self.operate("restore", partial(self.machine.restore, checkpoint))
+        elif message.what == "forget":
+            self.operate("delete", partial(self.machine.forget, checkpoint))
+        else:
+            self._ask_about(checkpoint, message.what)
 
-    def on_checkpoints_pane_forgotten(self, message: CheckpointsPane.Forgotten) -> None:
-        checkpoint = self._checkpoint(message.number)
-        if checkpoint:
-            self.operate("forget", partial(self.machine.forget, checkpoint))
+    # What is typed
+
+    def _ask(self, question: Question, answered: Callable[[str], None], help: str = "") -> None:
+        self._asked = answered
+        prompt = self.query_one(Prompt)
+        prompt.ask(question)
+        prompt.help(help)
+
+    def on_prompt_answered(self, message: Prompt.Answered) -> None:
+        prompt = self.query_one(Prompt)
+        try:
+            self._asked(message.text)
+        except VmdeckError as error:
+            prompt.refuse(str(error))
+        else:
+            prompt.close()
+
+    def on_prompt_left(self, message: Prompt.Left) -> None:
+        if message.by_person:
+            self._give_keyboard(self._keyboard)
+
+    def action_edit(self) -> None:
+        index = self.selected
+
+        def set_register(text: str) -> None:
+            register, value = edit.parse(text)
+            self.operate("edit", partial(self.machine.edit, index, register, value))
+
+        self._ask(Question("edit", f"VCPU {index} register", words=edit.WORDS), set_register)
+        self._help_edit("")
+
+    def on_prompt_changed(self, message: Prompt.Changed) -> None:
+        if message.purpose == "edit":
+            self._help_edit(message.text)
+
+    def _help_edit(self, text: str) -> None:
+        view = self.machine.view(self.selected)
+        running = self.machine.status.phase is Phase.RUNNING
+        self.query_one(Prompt).help(edit.help_line(text, view.regs, view.sregs, running=running))
+
+    def action_checkpoint_as(self) -> None:
+        self._ask(Question("name", "Checkpoint name"), self.take_checkpoint, "Enter takes it now, Esc doesn't.")
+
+    def _ask_about(self, checkpoint: Checkpoint, what: str) -> None:
+        """Its ``name`` or its ``note``."""
+
+        def rename(text: str) -> None:
+            kept = self._checkpoint(checkpoint.number)
+            if kept:
+                words = {"name": kept.name, "note": kept.note, what: text}
+                self.machine.rename(kept, words["name"] or kept.name, words["note"])
+
+        self._ask(
+            Question(what, f"{what.title()} of checkpoint {checkpoint.number}", getattr(checkpoint, what)),
+            lambda text: self.operate("rename", partial(rename, text)),
+            "Enter keeps it, Esc leaves it as it was.",
+        )
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         status = self.machine.status
@@ -429,24 +491,53 @@ class Workstation(App[int]):
 
     # The person
 
+    async def on_event(self, event: events.Event) -> None:
+        """Keys that the focused pane doesn't take act before the next key is looked at.
+
+        Textual hands a key to the focused widget's queue and tries the bindings when it comes back. Where several keys
+        come at once (a slow line, a macro), those after one that moves the keyboard would go to the old place: of
+        ``e rax=1`` the r would reset the machine.
+        """
+        if isinstance(event, events.Key) and not event.is_forwarded and self._laid_out and self.screen is self._main:
+            pane = self.focused
+            ours = pane is None or (pane.id in FOCUSED and not pane.check_consume_key(event.key, event.character))
+            # Priority bindings come first here as in Textual.
+            if ours and (await self._check_bindings(event.key, True) or await self._check_bindings(event.key)):
+                return
+        await super().on_event(event)
+
     def action_select(self, by: int) -> None:
         self.selected = (self.selected + by) % len(self.machine.vcpus)
         self._draw_vcpus()
 
     def on_vcpu_pane_selected(self, message: VcpuPane.Selected) -> None:
         self.selected = message.index
-        self.query_one(VcpuArea).focus()
+        self._give_keyboard("vcpus")
         self._draw_vcpus()
 
     def action_focus_pane(self, name: str) -> None:
         """Give the keyboard to a pane; from the pane itself, back to the VCPUs."""
-        pane = self._main.query_one(f"#{name}")
-        if pane.has_focus:
-            name, pane = "vcpus", self.query_one(VcpuArea)
+        self._give_keyboard("vcpus" if name == self._keyboard else name)
+
+    def _give_keyboard(self, name: str) -> None:
+        """At once: the next key is already the pane's."""
+        self._take_keyboard(name)
+        self._main.set_focus(self._main.query_one(f"#{name}"))
+
+    def _take_keyboard(self, name: str) -> None:
+        """What follows from it, also where a click gave it."""
+        before, self._keyboard = self._keyboard, name
         if name != "vcpus":
             self._place = name
-            self._share_place(not self._main.has_class("-tabbed"))
-        self._main.set_focus(pane)  # at once: the next key is already the pane's
+        if name != before:
+            self._arrange()
+            if "console" in (name, before) and self._last_status:
+                self._draw_banner(self._last_status)
+            self.call_after_refresh(self._draw)
+
+    def on_descendant_focus(self, event: events.DescendantFocus) -> None:
+        if event.widget.id in FOCUSED:
+            self._take_keyboard(event.widget.id)
 
     def action_focus_next(self) -> None:
         self._cycle(1)
@@ -455,9 +546,8 @@ class Workstation(App[int]):
         self._cycle(-1)
 
     def _cycle(self, by: int) -> None:
-        focused = self.focused.id if self.focused else None
-        at = self.PANES.index(focused) if focused in self.PANES else 0
-        self.action_focus_pane(self.PANES[(at + by) % len(self.PANES)])
+        at = self.PANES.index(self._keyboard) if self._keyboard in self.PANES else 0
+        self._give_keyboard(self.PANES[(at + by) % len(self.PANES)])
 
     def action_source(self) -> None:
         self.query_one(ConsolePane).action_next_source()
@@ -469,7 +559,7 @@ class Workstation(App[int]):
         self.machine.board.serial.feed(message.data)
 
     def on_console_pane_left(self) -> None:
-        self._main.set_focus(self.query_one(VcpuArea))
+        self._give_keyboard("vcpus")
 
     def action_help(self) -> None:
         from app.help import HelpScreen  # not needed for the first frame
@@ -501,33 +591,3 @@ class Workstation(App[int]):
             if self.check_action(name, ()):
                 yield SystemCommand(command.label, command.help, partial(self.run_action, f"app.{command.action}"))
         yield SystemCommand("Theme", "Other colours", self.action_change_theme)
-
-
-def _ledger_entry(record: Record) -> LedgerEntry:
-    seconds, rest = divmod(record.time_ns, 1_000_000_000)
-    return LedgerEntry(
-        number=record.number,
-        clock=f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest // 1_000_000:03d}",
-        hook=record.hook.removeprefix("cpu_synchronize_"),
-        level=record.level.name if record.level else "",
-        caller=record.caller,
-        vcpus=len(record.parts),
-        ioctls=sum(part.ioctls for part in record.parts),
-        microseconds=record.microseconds,
-        skew_us=record.skew_us,
-        moved=_moved(record),
-    )
-
-
-def _moved(record: Record) -> str:
-    """Which substates moved, in any of the VCPUs, in the order in which they did."""
-    words = []
-    for verb, rows in (
-        ("read", [part.read for part in record.parts]),
-        ("wrote", [part.written for part in record.parts]),
-        ("unchanged", [part.skipped for part in record.parts]),
-    ):
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        if names:
-            words.append(f"{verb} {len(names)}: {' '.join(names)}")
-    return "; ".join(words) or "moved nothing"

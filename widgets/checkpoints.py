@@ -1,4 +1,4 @@
-"""The list of checkpoints: where the machine can go back to."""
+"""The tree of checkpoints: where the machine can go back to."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from widgets.line_pane import Line, LinePane, Span, bar, cut
+from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
 from widgets.vcpu_pane import number
+
+WIDE = 60
+"""Cells from which RIP has its column."""
+HEADED = 5
+"""Rows from which the columns have a heading."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,9 @@ class CheckpointEntry:
     age: int
     pages: int
     rip: int | None
+    branch: str = ""
+    """The line of the tree that leads to it."""
+    note: str = ""
     current: bool = False
     """The machine came from here."""
 
@@ -36,28 +44,24 @@ def ago(seconds: int) -> str:
 
 
 class CheckpointsPane(LinePane, can_focus=True):
-    """The checkpoints, newest first, with a cursor."""
+    """The checkpoints, parents before children, with a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False, id="checkpoints.up"),
         Binding("down,j", "move(1)", "Down", show=False, id="checkpoints.down"),
-        Binding("enter", "choose", "Restore", id="checkpoints.restore"),
-        Binding("delete,d", "forget", "Forget", show=False, id="checkpoints.forget"),
+        Binding("enter", "chosen('restore')", "Go back to it", show=False, id="checkpoints.restore"),
+        Binding("n", "chosen('name')", "Name it", show=False, id="checkpoints.name"),
+        Binding("N", "chosen('note')", "A note on it", show=False, id="checkpoints.note"),
+        Binding("x,delete", "chosen('forget')", "Delete it", show=False, id="checkpoints.forget"),
     ]
+    """The title shows them: the footer has no room left."""
 
     class Chosen(Message):
-        """Go back to this one."""
+        """Do this with this one: ``restore``, ``name``, ``note`` or ``forget``."""
 
-        def __init__(self, number: int) -> None:
+        def __init__(self, what: str, number: int) -> None:
             super().__init__()
-            self.number = number
-
-    class Forgotten(Message):
-        """Free this one."""
-
-        def __init__(self, number: int) -> None:
-            super().__init__()
-            self.number = number
+            self.what, self.number = what, number
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -66,16 +70,17 @@ class CheckpointsPane(LinePane, can_focus=True):
         self.cursor = 0
 
     def show(self, entries: Sequence[CheckpointEntry]) -> None:
-        """These checkpoints, newest first. The cursor stays on its checkpoint; a new one draws it to itself."""
+        """These checkpoints, top to bottom. The cursor stays on its checkpoint; a new one draws it to itself."""
         new = tuple(entries)
         if new == self.entries:
             return
         numbers = [entry.number for entry in new]
-        if self.entries and new and new[0].number <= self.entries[0].number:
+        newest = max(numbers, default=0)
+        if newest > max((entry.number for entry in self.entries), default=0):
+            self.cursor = numbers.index(newest)
+        elif self.entries:
             at = self.entries[self.cursor].number
-            self.cursor = numbers.index(at) if at in numbers else min(self.cursor, len(new) - 1)
-        else:
-            self.cursor = 0
+            self.cursor = numbers.index(at) if at in numbers else max(min(self.cursor, len(new) - 1), 0)
         self.entries = new
         self.redraw()
 
@@ -84,52 +89,67 @@ class CheckpointsPane(LinePane, can_focus=True):
             self.cursor = min(max(self.cursor + rows, 0), len(self.entries) - 1)
             self.redraw()
 
-    def action_choose(self) -> None:
+    def action_chosen(self, what: str) -> None:
         if self.entries:
-            self.post_message(self.Chosen(self.entries[self.cursor].number))
-
-    def action_forget(self) -> None:
-        if self.entries:
-            self.post_message(self.Forgotten(self.entries[self.cursor].number))
-
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return None if action in ("choose", "forget") and not self.entries else True
+            self.post_message(self.Chosen(what, self.entries[self.cursor].number))
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
+        lines = [self._title(width)]
+        if not self.entries:
+            return [*lines, ((" None yet: ", "dim"), ("c", "strong"), (" keeps the machine.", "dim"))]
+        if self._heading(height):
+            lines.append(self._row_of("   name", [("  age", ""), ("  pages", ""), ("   RIP of VCPU 0  ", "")], width))
+        first = self._first(height)
+        shown = self.entries[first : first + height - len(lines)]
+        return [*lines, *(self._row(entry, first + row, width) for row, entry in enumerate(shown))]
+
+    def _title(self, width: int) -> Line:
         base = "bar selected" if self.has_focus else "bar"
         right: list[list[Span]] = [[(str(len(self.entries)), "")]]
-        if self.others:
+        if self.has_focus and self.entries:
+            keys = (("⏎", "back"), ("n", "name"), ("N", "note"), ("x", "delete"))
+            right = [[(key, "strong"), (f" {word}", "label")] for key, word in keys]
+        elif self.others:
             right.append([(self.others, "label")])
-        title = bar([(" F4 ", "label"), ("Checkpoints ", "strong")], right, width, base)
-        if not self.entries:
-            return [title, ((" None yet: ", "dim"), ("c", "strong"), (" keeps the machine as it is now.", "dim"))]
-        first = self._first(height)
-        shown = self.entries[first : first + height - 1]
-        return [title, *(self._row(entry, first + row, width) for row, entry in enumerate(shown))]
+        return bar([(" F4 ", "label"), ("Checkpoints ", "strong")], right, width, base)
 
-    def _first(self, height: int) -> int:
-        return max(self.cursor - max(height - 2, 0), 0)
+    def _row_of(self, left: str, right: list[Span], width: int) -> Line:
+        columns = right if width >= WIDE else right[:2]
+        room = width - width_of(columns) - 1
+        return ((cut(left, room).ljust(room), "dim"), *((text, "dim") for text, _ in columns), (" ", ""))
 
     def _row(self, entry: CheckpointEntry, index: int, width: int) -> Line:
-        spans: list[Span] = [
+        left: list[Span] = [
             ("▸" if index == self.cursor else " ", "accent"),
-            (f"{entry.number:>3} ", "strong"),
-            ("● " if entry.current else "  ", "good"),
-            (f"{ago(entry.age):>5} ", "label"),
-            (f"{entry.pages:>6} pages " if width >= 50 else f"{entry.pages:>5}p ", "label"),
+            ("●" if entry.current else " ", "good"),
+            (f"{entry.branch} ", "label"),
+            (f"{entry.number} ", "strong"),
         ]
-        rip = [*number(entry.rip, 16)] if width >= 50 else []
-        room = width - sum(len(text) for text, _ in (*spans, *rip)) - 2
-        line = (*spans, *rip, (" " + cut(entry.name, room), "text"))
-        if index != self.cursor or not self.has_focus:
-            return line
-        filled = (*line, (" " * width, ""))
-        return tuple((text, f"cursor {style}".strip()) for text, style in filled)
+        right: list[Span] = [(f" {ago(entry.age)}", "label"), (f" {entry.pages:>6}", "label")]
+        if width >= WIDE:
+            right += [("  ", ""), *number(entry.rip, 16)]
+        room = max(width - width_of(left) - width_of(right) - 1, 0)
+        name = cut(entry.name, room)
+        note = cut(f" – {entry.note}", room - width_of([(name, "")])) if entry.note else ""
+        gap = room - width_of([(name, ""), (note, "")])
+        line = (*left, (name, "text"), (note, "label"), (" " * gap, ""), *right, (" ", ""))
+        if index == self.cursor and self.has_focus:
+            return tuple((text, f"cursor {style}".strip()) for text, style in line)
+        return line
+
+    def _heading(self, height: int) -> bool:
+        return height >= HEADED
+
+    def _first(self, height: int) -> int:
+        rows = height - 1 - self._heading(height)
+        return max(self.cursor - max(rows - 1, 0), 0)
 
     def on_click(self, event: events.Click) -> None:
-        index = event.y - 1 + self._first(self.size.height)
-        if event.y >= 1 and index < len(self.entries):
+        height = self.size.height
+        row = event.y - 1 - self._heading(height)
+        index = row + self._first(height)
+        if row >= 0 and index < len(self.entries):
             self.cursor = index
             self.redraw()
             if event.chain == 2:
-                self.action_choose()
+                self.action_chosen("restore")

@@ -65,6 +65,7 @@ class ConsolePane(LinePane, can_focus=True):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("f2,ctrl+right_square_bracket", "leave", "Leave the console", id="console.leave"),
+        Binding("f7", "app.zoom", "Zoom", id="console.zoom"),
         Binding("pageup", "scroll_back(1)", "Scroll back", show=False, id="console.page_up"),
         Binding("pagedown", "scroll_back(-1)", "Scroll forward", show=False, id="console.page_down"),
     ]
@@ -85,6 +86,8 @@ class ConsolePane(LinePane, can_focus=True):
         self.shown = 0
         self.others = ""
         """What else can be shown in this place, for the title."""
+        self.listening = True
+        """Does the guest run, so that it hears what is typed?"""
         self._chosen = False
         self._back = 0
         self._terminals = [GuestTerminal() for _ in self.sources]
@@ -110,6 +113,12 @@ class ConsolePane(LinePane, can_focus=True):
             # What a person reads while scrolled back stays where it is.
             self._back = min(self._back + terminal.scrollback - before, terminal.scrollback)
         self.redraw()
+
+    def listen(self, listening: bool) -> None:
+        """The guest hears what is typed, or doesn't now."""
+        if listening != self.listening:
+            self.listening = listening
+            self.redraw()
 
     def choose(self, source: int) -> None:
         """Show this source."""
@@ -154,7 +163,8 @@ class ConsolePane(LinePane, can_focus=True):
         if self._back:
             right.append([(f"{self._back} lines back", "warn")])
         if self.has_focus:
-            right.append([("typing goes to the guest, F2 leaves", "accent")])
+            heard = "typing goes to the guest" if self.listening else "the guest stands: F5 lets it hear you"
+            right.append([(f"{heard}, F2 leaves", "accent")])
         if self.others and not self.has_focus:
             right.append([(self.others, "label")])
         return bar(left, right, width, base)

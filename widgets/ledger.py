@@ -14,7 +14,7 @@ from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One record as it's drawn; ``clock`` is the time of day, ``moved`` says which substates moved."""
+    """One row; ``clock`` is the time of day, ``moved`` says which substates moved. Numbers fall, and may have gaps."""
 
     number: int
     clock: str
@@ -54,7 +54,7 @@ class LedgerPane(LinePane, can_focus=True):
         self.total = 0
         self.others = ""
         self._top: int | None = None
-        """The number of the record at the top; None follows the newest."""
+        """The number of the entry at the top; None follows the newest."""
 
     def show(self, entries: Sequence[LedgerEntry], total: int) -> None:
         """The newest records, newest first, and how many there ever were."""
@@ -64,9 +64,16 @@ class LedgerPane(LinePane, can_focus=True):
 
     def action_scroll_by(self, rows: int) -> None:
         if self.entries:
-            top = (self._top or self.entries[0].number) - rows
-            self._top = max(top, self.entries[-1].number) if top < self.entries[0].number else None
+            row = min(self._skipped() + rows, len(self.entries) - 1)
+            self._top = self.entries[row].number if row > 0 else None
             self.redraw()
+
+    def _skipped(self) -> int:
+        """How many entries are above the first one shown."""
+        if self._top is None:
+            return 0
+        found = (row for row, entry in enumerate(self.entries) if entry.number <= self._top)
+        return next(found, len(self.entries) - 1)
 
     def action_newest(self) -> None:
         self._top = None
@@ -82,7 +89,7 @@ class LedgerPane(LinePane, can_focus=True):
         lines = [bar([(" F3 ", "label"), ("Ledger ", "strong")], right, width, base)]
         if not self.entries:
             return [*lines, ((" Nothing moved between the kernel and the user copy yet.", "dim"),)]
-        skip = 0 if self._top is None else max(self.entries[0].number - self._top, 0)
+        skip = self._skipped()
         return [*lines, *(_row(entry, width) for entry in self.entries[skip : skip + height - 1])]
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
@@ -103,8 +110,7 @@ def _row(entry: LedgerEntry, width: int) -> Line:
         spans.append((f"{entry.clock if width >= 100 else entry.clock[:8]} ", "dim"))
     spans.append((f"{entry.hook:<14} " if width >= 60 else f"{entry.hook.removeprefix('all_'):<10} ", "text"))
     spans.append((f"{entry.level or '·':<7} ", _LEVEL_STYLES.get(entry.level, "dim")))
-    if width >= 48:
-        spans.append((f"{entry.vcpus:>2}× ", "label"))
+    spans.append((f"{entry.vcpus:>2}× ", "label"))
     spans.append((f"{entry.ioctls:>3} {'ioctls' if width >= 60 else 'io'} ", "label"))
     spans.append((f"{duration(entry.microseconds)} ", "strong"))
     if width >= 100:

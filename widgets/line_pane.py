@@ -64,6 +64,11 @@ def bar(left: Sequence[Span], right: Sequence[Sequence[Span]], width: int, base:
     return tuple((text, f"{base} {style}".rstrip()) for text, style in spans if text)
 
 
+def _plain(text: str) -> str:
+    """What may go to a terminal: names of files and checkpoints can hold anything."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else "?" for char in text)
+
+
 class LinePane(Widget):
     """A widget of lines. Subclasses give ``lines`` and call ``redraw`` when their values have changed."""
 
@@ -105,7 +110,7 @@ class LinePane(Widget):
         width = self.size.width
         if y >= len(self._lines):
             return Strip.blank(width, self._style(""))
-        segments = [Segment(text, self._style(names)) for text, names in self._lines[y]]
+        segments = [Segment(_plain(text), self._style(names)) for text, names in self._lines[y]]
         return Strip(segments).adjust_cell_length(width, self._style(""))
 
     def _style(self, names: str) -> Style:

@@ -40,7 +40,7 @@ def columns(width: int) -> int:
 def heights(width: int) -> tuple[int, int]:
     """Rows that a pane of this width needs: (compact, everything)."""
     compact = {2: 11, 3: 9, 4: 7}[columns(width)]
-    return compact, compact + (10 if width >= WIDE else 18)
+    return compact, compact + {2: 18, 3: 14, 4: 10}[columns(width)]
 
 
 def vcpu_lines(frame: VcpuFrame, width: int, *, selected: bool = False) -> list[Line]:
@@ -63,8 +63,11 @@ def vcpu_lines(frame: VcpuFrame, width: int, *, selected: bool = False) -> list[
 def _title(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int, selected: bool) -> Line:
     glyph, style = ACTIVITY.get(frame.activity, ACTIVITY[""])
     left: list[Span] = [(f" VCPU {frame.index} ", "strong"), (f"{glyph} {frame.activity or 'unknown'}", style)]
-    if frame.reason:
-        left.append((f": {cut(frame.reason, max(width // 3, 8))}", style))
+    reason = frame.reason
+    if frame.activity == "halted" and regs and ("IF", True) not in decode.flag_words(regs.rflags):
+        reason = "interrupts are off"
+    if reason:
+        left.append((f": {cut(reason, max(width // 3, 8))}", style))
     if frame.age:
         left.append((f" {frame.age} s ago", "warn"))
     right: list[list[Span]] = []
@@ -76,8 +79,11 @@ def _title(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int,
     return bar(left, right, width, "bar selected" if selected else "bar")
 
 
-def _mark(frame: VcpuFrame, name: str) -> tuple[str, str]:
-    return (MARK, "changed") if name in frame.changed else (" ", "text")
+def _name(frame: VcpuFrame, name: str, width: int = 3, text: str = "") -> tuple[list[Span], str]:
+    """A register's name, with its mark if it changed; and the style of its value."""
+    changed = name in frame.changed
+    spans = [(MARK if changed else " ", "mark"), (f"{(text or name).upper():<{width}} ", "label")]
+    return spans, "changed" if changed else "text"
 
 
 def number(value: int | None, digits: int, style: str = "text") -> tuple[Span, ...]:
@@ -93,11 +99,13 @@ def number(value: int | None, digits: int, style: str = "text") -> tuple[Span, .
 
 
 def _rip(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int) -> Line:
-    mark, _ = _mark(frame, "rip")
     rip = f"{regs.rip:016x}" if regs else "?".rjust(16)
-    spans: list[Span] = [(f"{mark}RIP ", "rip"), (rip, "rip"), ("  ", "")]
+    spans: list[Span] = [_name(frame, "rip")[0][0], (f"RIP {rip}", "rip"), ("  ", "")]
     if regs and sregs and decode.mode(sregs, regs.rflags) in (decode.Mode.REAL, decode.Mode.VM86):
         spans.append((f"{sregs.cs.selector:04x}:{regs.rip & 0xFFFF:04x}  ", "label"))
+    if frame.index and regs and sregs and regs.rip == 0xFFF0 and sregs.cs.base == 0xFFFF0000:
+        # Only INIT leaves an AP at the reset vector, and nothing there is executed before its SIPI.
+        return (*spans, ("waits for SIPI", "dim"))
     if frame.insn is None:
         return (*spans, ("?" if not regs else "? not readable", "dim"))
     if width >= 80:
@@ -106,12 +114,8 @@ def _rip(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int) -
 
 
 def _register(frame: VcpuFrame, name: str, value: int | None) -> list[Span]:
-    mark, style = _mark(frame, name)
-    return [
-        (f"{mark}{name.upper():<3} ", "mark" if mark == MARK else "label"),
-        *number(value, 16, style),
-        ("  ", ""),
-    ]
+    spans, style = _name(frame, name)
+    return [*spans, *number(value, 16, style), ("  ", "")]
 
 
 def _registers(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, across: int) -> list[Line]:
@@ -125,8 +129,7 @@ def _registers(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, across:
 
 
 def _flags(frame: VcpuFrame, regs: Regs | None) -> Line:
-    mark, style = _mark(frame, "rflags")
-    spans: list[Span] = [(f"{mark}RFL ", "mark" if mark == MARK else "label")]
+    spans, style = _name(frame, "rflags", text="rfl")
     spans += number(regs.rflags & 0xFFFFFFFF if regs else None, 8, style)
     for word, is_set in decode.flag_words(regs.rflags) if regs else ():
         spans.append((f" {word}", "strong" if is_set else "dim"))
@@ -137,8 +140,8 @@ def _named_bits(
     frame: VcpuFrame, name: str, value: int | None, bits: tuple[tuple[str, int], ...], width: int
 ) -> list[Line]:
     """A control register and the names of its bits, on as many lines as these need."""
-    mark, style = _mark(frame, name)
-    line: list[Span] = [(f"{mark}{name.upper():<4} ", "mark" if mark == MARK else "label"), *number(value, 8, style)]
+    label, style = _name(frame, name, 4)
+    line: list[Span] = [*label, *number(value, 8, style)]
     lines, used = [], 14
     for word in decode.bit_names(value, bits) if value is not None else ():
         if used + len(word) + 1 > width:
@@ -154,16 +157,15 @@ def _controls(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
         return getattr(sregs, name) if sregs else None
 
     def plain(name: str, digits: int) -> Line:
-        mark, style = _mark(frame, name)
-        label = "mark" if mark == MARK else "label"
-        return ((f"{mark}{name.upper():<4} ", label), *number(value(name), digits, style))
+        label, style = _name(frame, name, 4)
+        return (*label, *number(value(name), digits, style))
 
     room = width - _SEGMENTS if width >= WIDE else width
     lines = _named_bits(frame, "cr0", value("cr0"), decode.CR0_BITS, room)
     lines += _named_bits(frame, "cr4", value("cr4"), decode.CR4_BITS, room)
     lines += _named_bits(frame, "efer", value("efer"), decode.EFER_BITS, room)
     if columns(width) == 3:
-        return [*lines, plain("cr8", 1)]  # CR2 and CR3 stand beside the general registers
+        return lines  # CR2 and CR3 stand beside the general registers, CR8 beside the tables
     return [*lines, (*plain("cr8", 1), ("  ", ""), *plain("cr2", 16)), plain("cr3", 16)]
 
 
@@ -172,23 +174,30 @@ def _segments(frame: VcpuFrame, sregs: Sregs | None, width: int) -> list[Line]:
     with_limit = width >= _SEGMENTS
     lines: list[Line] = []
     for name in SEGMENT_REGISTERS:
-        mark, style = _mark(frame, name)
+        spans, style = _name(frame, name)
         segment = getattr(sregs, name) if sregs else None
-        spans: list[Span] = [(f"{mark}{name.upper():<3} ", "mark" if mark == MARK else "label")]
         spans += number(segment.selector if segment else None, 4, style)
         spans += [(" ", ""), *number(segment.base if segment else None, 16, style)]
         if with_limit:
             spans += [(" ", ""), *number(segment.limit if segment else None, 8, style)]
         spans.append((f" {decode.segment_text(segment) if segment else '?'}", "label"))
         lines.append(tuple(spans))
+    beside = columns(width) == 3
+    tables = []
     for name in ("gdt", "idt"):
-        mark, style = _mark(frame, name)
+        spans, style = _name(frame, name)
         table = getattr(sregs, name) if sregs else None
-        spans = [(f"{mark}{name.upper():<3}      ", "mark" if mark == MARK else "label")]
+        if not beside:
+            spans.append(("     ", ""))  # they have no selector
         spans += number(table.base if table else None, 16, style)
-        spans += [(" " if not with_limit else "     ", ""), *number(table.limit if table else None, 4, style)]
-        lines.append(tuple(spans))
-    return lines
+        spans.append(("     " if with_limit and not beside else " ", ""))
+        spans += number(table.limit if table else None, 4, style)
+        tables.append(tuple(spans))
+    if not beside:
+        return [*lines, *tables]
+    gdt, idt = tables
+    cr8, style = _name(frame, "cr8")
+    return [*lines, (*gdt, ("  ", ""), *idt, ("  ", ""), *cr8, *number(sregs.cr8 if sregs else None, 1, style))]
 
 
 class VcpuPane(LinePane):

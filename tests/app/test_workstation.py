@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from textual import events
 from textual.pilot import Pilot
 from textual.widgets import Button
 from textual.widgets._footer import FooterKey
@@ -23,6 +24,7 @@ from widgets.checkpoints import CheckpointsPane
 from widgets.console import ConsolePane
 from widgets.ledger import LedgerPane
 from widgets.line_pane import LinePane
+from widgets.prompt import Prompt
 from widgets.status import Banner, StatusLine
 from widgets.vcpu_area import VcpuArea
 from widgets.vcpu_list import VcpuList
@@ -101,6 +103,11 @@ class Desk:
         pane = self.app.query_one(VcpuArea).panes[index]
         return "\n".join(pane.line_text(y) for y in range(pane.size.height))
 
+    @property
+    def said(self) -> str:
+        """The prompt's second line."""
+        return self.app.query_one("#prompt-help", LinePane).line_text(0)
+
     def rip(self, vcpu: int = 0) -> int:
         return int.from_bytes(self.machine.view(vcpu).regs[128:136], "little")
 
@@ -140,7 +147,8 @@ async def test_the_first_frame_says_what_runs_who_owns_it_and_which_keys_there_a
         assert "kernel owns" in at.pane()
         assert "0000:7c00  " in at.pane()
         assert "inc eax" in at.pane()
-        for word in ("Run", "Step", "Checkpoint", "Reset", "Type", "Help", "Quit"):
+        assert at.app.theme == "vmdeck"
+        for word in ("Run", "Step", "Edit", "Checkpoint", "Reset", "Type", "Help", "Quit"):
             assert at.footer[word], at.footer
         assert at.footer["Back"] is False
         assert "Pause" not in at.footer
@@ -189,7 +197,7 @@ async def test_keys_pressed_faster_than_the_machine_works_are_done_in_their_orde
 async def test_checkpoint_and_back(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
         await at.press("s", "c")
-        await at.until(lambda: "  1 ●" in at.text(CheckpointsPane))
+        await at.until(lambda: "●╶ 1 checkpoint 1" in at.text(CheckpointsPane))
         await at.until(lambda: at.footer.get("Back") is True)
         await at.press("s", "s", "s")
         await at.press("b")
@@ -199,16 +207,133 @@ async def test_checkpoint_and_back(desk) -> None:  # type: ignore[no-untyped-def
         assert at.rip() == 0x7C00
 
 
-async def test_an_older_checkpoint_is_chosen_in_the_list(desk) -> None:  # type: ignore[no-untyped-def]
+async def test_the_tree_of_checkpoints(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
         await at.press("c", "s", "c", "f4")
         assert at.app.focused.id == "checkpoints"
-        await at.press("down", "enter")
+        await at.press("up", "enter")
         assert at.rip() == 0x7C00
-        await at.press("delete")
-        assert [kept.number for kept in at.machine.checkpoints] == [2]
+        assert at.machine.came_from == 1
+        await at.press("s", "c")
+        await at.until(lambda: "●└ 3" in at.text(CheckpointsPane))
+        rows = at.text(CheckpointsPane).splitlines()
+        assert [row[1:5] for row in rows if "checkpoint " in row] == [" ┌ 1", " ├ 2", "●└ 3"]
+        await at.press("n")
+        await at.press("ctrl+u", *"crash", "enter")
+        assert at.app.focused.id == "checkpoints"
+        await at.press("N")
+        await at.press(*"why", "enter")
+        await at.until(lambda: "└ 3 crash – why" in at.text(CheckpointsPane))
+        await at.press("n")
+        await at.press("ctrl+u", "enter")
+        await at.press("N")
+        await at.press("ctrl+u", "enter")
+        kept = at.machine.checkpoints[-1]
+        assert (kept.name, kept.note) == ("crash", ""), "a name can't be empty, a note can"
+        await at.press("up", "up", "x", "delete")
+        await at.until(lambda: "╶ 3 crash" in at.text(CheckpointsPane))
+        assert [kept.number for kept in at.machine.checkpoints] == [3]
         await at.press("f4")
         assert at.app.focused.id == "vcpus"
+
+
+async def test_a_checkpoint_is_named_as_it_is_taken(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("C")
+        await at.press(*"boot", "escape")
+        assert at.machine.checkpoints == ()
+        await at.press("C")
+        await at.press(*"at boot", "enter")
+        await at.press("C")
+        await at.press("enter")
+        assert [kept.name for kept in at.machine.checkpoints] == ["at boot", "checkpoint 2"]
+
+
+async def test_back_goes_to_where_the_machine_came_from(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("c", "s", "c", "f4", "up", "enter", "escape", "s")
+        await at.press("b")
+        assert at.rip() == 0x7C00
+        await at.press("r", "s", "s", "b")
+        assert at.rip() == 0x7C02, "after a reset: the newest"
+
+
+@BOTH
+async def test_a_register_is_edited(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT, size=(80, 24)) as at:
+        prompt = at.app.query_one(Prompt)
+        await at.press("space")
+        await at.press("e")
+        await at.press(*"rbx=0x", "enter")
+        assert "no value for rbx" in at.said
+        assert prompt.display
+        await at.press("backspace", "backspace", *"99")
+        await at.until(lambda: "Enter pauses the guest; rbx 0000000000000000 → 0000000000000063" in at.said)
+        assert at.phase is Phase.RUNNING
+        await at.press("enter")
+        assert at.phase is Phase.PAUSED
+        assert not prompt.display
+        assert "user copy owns" in at.pane()
+        assert f"{MARK}RBX 0000000000000063" in at.pane()
+        await at.press("s")
+        assert int.from_bytes(at.machine.view(0).regs[8:16], "little") == 99, "the guest has it"
+        await at.press("j", "e")
+        await at.press("up")
+        await at.press("enter")
+        assert at.machine.view(1).dirty
+        assert int.from_bytes(at.machine.view(1).regs[8:16], "little") == 99
+        await at.press("e")
+        await at.press(*"ri", "tab", *"0x7c00", "escape", "j")
+        assert at.app.selected == 0
+        await at.press("e")
+        await at.press("f2")
+        assert not prompt.display, "it goes with the keyboard"
+        assert at.app.focused.id == "console"
+
+
+async def test_a_value_that_the_processor_refuses_is_an_error_to_be_mended(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.press("e")
+        await at.press(*"cr4=0x8000000000000000", "enter", "s")
+        assert "cr4" in at.text(StatusLine).lower() or "sregs" in at.text(StatusLine)
+        assert "user copy owns" in at.pane()
+        await at.press("e")
+        await at.press(*"cr4=0", "enter", "s")
+        assert at.rip() == 0x7C02
+
+
+@pytest.mark.parametrize("keys", ["erax=1\r", "Cboot\r", "eresc\x1bcs"])
+async def test_keys_that_come_at_once_go_where_they_belong(desk, keys) -> None:  # type: ignore[no-untyped-def]
+    """As over a slow line: of ``e rax=1`` no letter may be a command."""
+    async with desk(COUNT) as at:
+        for character in keys:
+            at.app.post_message(events.Key({"\r": "enter", "\x1b": "escape"}.get(character, character), character))
+        await at.idle()
+        await at.until(lambda: not at.app.query_one(Prompt).display)
+        await at.idle()
+        assert "reset" not in [record.caller for record in at.machine.ledger.records]
+        if keys.startswith("erax"):
+            assert at.machine.view(0).dirty
+            assert at.machine.view(0).regs[0] == 1
+        elif keys.startswith("C"):
+            assert [kept.name for kept in at.machine.checkpoints] == ["boot"]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+async def test_zoom_gives_the_whole_terminal_to_the_pane_with_the_keyboard(desk, size) -> None:  # type: ignore[no-untyped-def]
+    columns, rows = size
+    async with desk(COUNT, vcpus=4, size=size) as at:
+        panes = {name: at.app.query_one(f"#{name}") for name in ("vcpus", "console", "ledger", "checkpoints")}
+        before = {name: (pane.region, pane.display) for name, pane in panes.items()}
+        await at.press("z")
+        for name in ("CS", "DS", "ES", "FS", "GS", "SS", "TR", "LDT", "GDT", "IDT", "CR4", "EFER", "CR8", "CR2", "CR3"):
+            assert f"{name} " in at.pane()
+        for key, name in (("f3", "ledger"), ("f4", "checkpoints"), ("f2", "console")):
+            await at.press(key)
+            await at.until(lambda name=name: panes[name].region.size == (columns, rows - (3 if columns == 80 else 2)))
+            assert at.app.focused is panes[name]
+        await at.press("f7", "f2")
+        await at.until(lambda: {name: (pane.region, pane.display) for name, pane in panes.items()} == before)
 
 
 @BOTH
@@ -228,6 +353,9 @@ async def test_every_button(desk) -> None:  # type: ignore[no-untyped-def]
         await at.click("#button-step")
         await at.click("#button-restore")
         assert at.rip() == 0x7C02
+        await at.click("#button-edit")
+        await at.press(*"rcx=1", "enter")
+        assert at.machine.view(0).dirty
         await at.click("#button-reset")
         assert at.rip() == 0x7C00
         await at.click("#button-run")
@@ -266,7 +394,7 @@ async def test_typing_goes_to_the_guest_and_nowhere_else(desk) -> None:  # type:
         await at.until(lambda: "typing goes to the guest" in at.text(ConsolePane))
         await at.until(lambda: "Reset" not in at.footer)
         assert {"Pause", "Step", "Leave the console"} <= set(at.footer)
-        assert {key.key for key in at.app.query(FooterKey)} <= {"f1", "f2", "f5", "f6", "f8", "f9"}
+        assert {key.key for key in at.app.query(FooterKey)} <= {"f1", "f2", "f5", "f6", "f7", "f8", "f9"}
         await at.pilot.press("q", "s", "r", "c", "space", "b")
         await at.until(lambda: ">qsrc b" in at.text(ConsolePane))
         assert at.phase is Phase.RUNNING
@@ -275,6 +403,9 @@ async def test_typing_goes_to_the_guest_and_nowhere_else(desk) -> None:  # type:
         assert len(at.machine.checkpoints) == 1
         await at.press("f2", "c")
         assert len(at.machine.checkpoints) == 2
+        await at.press("f2", "f5")
+        await at.until(lambda: "the guest stands: F5 lets it hear you" in at.text(ConsolePane))
+        await at.press("f2")
         await at.click("#console")
         await at.press("ctrl+right_square_bracket")
         assert at.app.focused.id == "vcpus"
@@ -351,7 +482,13 @@ async def test_a_triple_fault_is_explained_and_back_mends_it(desk) -> None:  # t
         assert "■ STOPPED" in at.text(StatusLine)
         await at.until(lambda: at.footer.get("Run") is False)
         assert at.footer["Step"] is False
+        await at.press("f2")
+        assert "F9 goes back to checkpoint 1" in at.text(Banner)
+        await at.press("f2")
+        assert "b goes back to checkpoint 1" in at.text(Banner)
+        assert "shutdown" in at.pane()
         await at.press("b")
+        assert "shutdown" not in at.pane()
         assert not at.app.query_one(Banner).content
         assert at.phase is Phase.PAUSED
         await at.until(lambda: at.footer.get("Run") is True)

@@ -37,10 +37,7 @@ class Host(App[None]):
         self.heard.append("left")
 
     def on_checkpoints_pane_chosen(self, message: CheckpointsPane.Chosen) -> None:
-        self.heard.append(("restore", message.number))
-
-    def on_checkpoints_pane_forgotten(self, message: CheckpointsPane.Forgotten) -> None:
-        self.heard.append(("forget", message.number))
+        self.heard.append((message.what, message.number))
 
 
 def text(lines: Sequence[Line]) -> list[str]:

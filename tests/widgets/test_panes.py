@@ -130,6 +130,11 @@ async def test_the_ledger_has_the_newest_first_and_stands_still_while_scrolled()
         assert "hook2 " in pane.line_text(1)
         await pilot.press("pageup", "pageup", "pageup")
         assert "hook21" in pane.line_text(1)
+        # Rows that stand for several records leave gaps between the numbers.
+        pane.show([entry(n) for n in (33, 30, 29)], 37)
+        await pilot.press("down")
+        pane.show([entry(n) for n in (38, 33, 30, 29)], 38)
+        assert "hook30" in pane.line_text(1)
 
 
 @pytest.mark.parametrize(
@@ -145,30 +150,62 @@ def test_ages(seconds: int, text: str) -> None:
     assert ago(seconds) == text
 
 
-async def test_checkpoints_are_chosen_with_cursor_and_enter() -> None:
+async def test_checkpoints_are_chosen_with_cursor_and_keys() -> None:
     pane = CheckpointsPane()
     host = Host(pane)
     async with host.run_test(size=(80, 6)) as pilot:
         await pilot.press("enter", "delete")
         assert host.heard == []
         assert "None yet" in body(pane)
-        three = [CheckpointEntry(n, f"checkpoint {n}", 5, 10, 0x1000 + n) for n in (3, 2, 1)]
+        three = [CheckpointEntry(n, f"checkpoint {n}", 5, 10, 0x1000 + n, "│") for n in (1, 2, 3)]
         pane.show(three)
-        await pilot.press("enter", "down", "enter", "j", "j", "delete", "k", "up", "d")
-        assert host.heard == [("restore", 3), ("restore", 2), ("forget", 1), ("forget", 3)]
+        for key in ("enter", "up", "enter", "k", "k", "delete", "j", "down", "x", "n", "N"):
+            await pilot.press(key)
+        assert host.heard == [
+            ("restore", 3), ("restore", 2), ("forget", 1), ("forget", 3), ("name", 3), ("note", 3),
+        ]  # fmt: skip
         host.heard.clear()
-        await pilot.press("down")
+        await pilot.press("up")
         pane.show([replace(each, age=6) for each in three if each.number != 3])
         await pilot.press("enter")
         assert host.heard == [("restore", 2)]
-        pane.show([CheckpointEntry(4, "new", 0, 1, None), *three[1:]])
+        # A branch off 1 stands above 2, and the cursor goes to what is new.
+        pane.show([three[0], CheckpointEntry(4, "new", 0, 1, None, "├"), three[1]])
         await pilot.press("enter")
         assert host.heard[-1] == ("restore", 4)
-        await pilot.click(CheckpointsPane, offset=(10, 3))
+        await pilot.click(CheckpointsPane, offset=(10, 4))
         await pilot.press("enter")
-        assert host.heard[-1] == ("restore", 1)
-        await pilot.click(CheckpointsPane, offset=(10, 2), times=2)
         assert host.heard[-1] == ("restore", 2)
+        await pilot.click(CheckpointsPane, offset=(10, 2), times=2)
+        assert host.heard[-1] == ("restore", 1)
+
+
+@pytest.mark.parametrize("width", [38, 60, 120])
+async def test_a_checkpoint_says_name_note_age_and_pages_in_columns(width: int) -> None:
+    pane = CheckpointsPane()
+    async with Host(pane).run_test(size=(width, 6)):
+        pane.show(
+            [
+                CheckpointEntry(1, "boot", 7300, 123456, 0xFFF0, "┌", "before paging is on"),
+                CheckpointEntry(20, "a name that is far too long for so narrow a pane" * 2, 5, 1, 0, "╵", current=True),
+            ]
+        )
+        heading, first, second = (pane.line_text(y) for y in (1, 2, 3))
+        assert first.startswith("  ┌ 1 boot")
+        assert second.startswith("▸●╵ 20 a name")
+        assert "…" in second
+        assert {len(heading), len(first), len(second)} == {width}
+        assert first.index("2 h") == second.index("5 s")
+        assert ("before paging is on" in first) == (width == 120)
+        assert ("000000000000fff0" in first) == (width >= 60)
+        assert "⏎ back" in pane.line_text(0)
+
+
+async def test_names_can_hold_no_escape_sequence() -> None:
+    pane = CheckpointsPane()
+    async with Host(pane).run_test(size=(80, 6)):
+        pane.show([CheckpointEntry(1, "\x1b]0;evil\x07", 0, 0, 0)])
+        assert all(segment.text.isprintable() for y in range(6) for segment in pane.render_line(y))
 
 
 async def test_the_status_line_says_phase_error_and_facts() -> None:

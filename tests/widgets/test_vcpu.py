@@ -55,6 +55,20 @@ def test_rip_comes_first_with_its_instruction() -> None:
     assert "not readable" in text(vcpu_lines(replace(FRAME, insn=None), 98))[1]
 
 
+def test_an_ap_before_its_sipi_has_no_instruction() -> None:
+    reset = Sregs()
+    reset.cs.base, reset.cs.selector = 0xFFFF0000, 0xF000
+    frame = replace(FRAME, regs=regs(rip=0xFFF0), sregs=bytes(reset))
+    assert "waits for SIPI" in text(vcpu_lines(frame, 98))[1]
+    assert "nop" in text(vcpu_lines(replace(frame, index=0), 98))[1]
+
+
+def test_halted_with_interrupts_off_says_so() -> None:
+    halted = replace(FRAME, activity="halted")
+    assert "interrupts are off" not in text(vcpu_lines(halted, 98))[0]
+    assert "◌ halted: interrupts are off" in text(vcpu_lines(replace(halted, regs=regs(rflags=2)), 98))[0]
+
+
 def test_real_mode_shows_segment_and_offset() -> None:
     real = Sregs()
     real.cs.selector = 0xF000
