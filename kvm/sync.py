@@ -165,17 +165,25 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
     """
     began = time.monotonic_ns()
-    allowed = [row for row in vcpu.table.put_order if row.level <= level and (vcpu.dirty or row.get is None)]
-    batch = []
+    copy, known = vcpu.copy, vcpu.known
+    batch, skipped = [], []
     again: set[str] = set()
-    for row in allowed:
-        raw = vcpu.copy[row.name]
-        changed = vcpu.known.get(row.name) != raw
-        # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
-        if changed or (row.name in again and any(raw)) or (level > WritebackLevel.RUNTIME and row.get is not None):
+    for row in vcpu.table.put_order:
+        if row.level > level or not (vcpu.dirty or row.get is None):
+            continue
+        name = row.name
+        raw = copy[name]
+        if (
+            (level > WritebackLevel.RUNTIME and row.get is not None)
+            or known.get(name) != raw
+            # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
+            or (name in again and any(raw))
+        ):
             batch.append((row, row.at(raw, level)))
             again.update(row.then)
-    written = tuple(row.name for row, _ in batch)
+        else:
+            skipped.append(name)
+    written = tuple([row.name for row, _ in batch])
     try:
         if batch:
             vcpu.fd.put(batch)
@@ -190,5 +198,4 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
         return _part(vcpu, began, written=moved, ioctls=error.moved + 1, error=str(error)), error
     vcpu.gave_back(written, level)
     vcpu.dirty = False
-    skipped = tuple(row.name for row in allowed if row.name not in written)
-    return _part(vcpu, began, written=written, skipped=skipped, ioctls=len(batch)), None
+    return _part(vcpu, began, written=written, skipped=tuple(skipped), ioctls=len(batch)), None
