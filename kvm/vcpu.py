@@ -10,6 +10,7 @@ import ctypes
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -212,6 +213,12 @@ class Vcpu:
             ended: Exit | VmdeckError = self.fd.run(self._bus)
         except VmdeckError as error:
             ended = error
+        except Exception as error:  # a device's own fault: the thread must live on to say so
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            ended = MachineError(
+                f"VCPU {self.index}: a fault in vmdeck itself, {type(error).__name__}: {error} "
+                f"({where.filename}:{where.lineno}). The machine stands; please report it."
+            )
         if isinstance(ended, Exit) and ended.kind is ExitKind.KICKED:
             return
         self.running = False

@@ -230,6 +230,25 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(system: System, tmp_
             assert {name for name, raw in after.items() if raw != before_load[name]} <= {"msrs_reset", "lapic"}  # time
 
 
+def test_a_device_that_breaks_stops_the_machine_and_not_its_thread(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build(system, tmp_path, EXIT_7) as machine:
+
+        def broken(code: int) -> None:
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(machine, "request_exit", broken)
+        machine.run()
+        status = machine.wait(Phase.STOPPED, timeout=20)
+        assert status.phase is Phase.STOPPED
+        assert "ZeroDivisionError: a bug" in status.reason
+        monkeypatch.undo()
+        machine.reset()
+        machine.run()
+        assert machine.wait(Phase.EXITED, timeout=20).code == 7
+
+
 def test_operations_from_many_threads_are_serialised(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, vcpus=2) as machine:
         checkpoint = machine.checkpoint()
