@@ -24,6 +24,9 @@ MAX_SEGMENTS = 0xFFFE
 
 NT_PRSTATUS, NT_FPREGSET = 1, 2
 _QEMU_CPU_STATE = 0
+_QEMU = b"QEMU\0\0\0"
+"""The owner, 8 bytes with its NUL instead of 5: the same name to crash and readelf, but drgn, which takes a file with
+QEMU's own for a Linux guest's and refuses it without VMCOREINFO, opens it and shows the threads."""
 
 _PRSTATUS = struct.Struct("<iiihxxQQiiii64x27Qi4x")
 _QEMU_HEAD = struct.Struct("<II18Q")
@@ -89,7 +92,7 @@ def notes(raw: bytes) -> Iterator[tuple[bytes, int, bytes]]:
 def cpu_notes(vcpus: Sequence[Mapping[str, bytes]]) -> bytes:
     """What makes every VCPU a thread, in VCPU order, then QEMU's note for each."""
     threads = b"".join(_thread(index, copy) for index, copy in enumerate(vcpus))
-    return threads + b"".join(note(b"QEMU", _QEMU_CPU_STATE, qemu_cpu_state(copy)) for copy in vcpus)
+    return threads + b"".join(note(_QEMU, _QEMU_CPU_STATE, qemu_cpu_state(copy)) for copy in vcpus)
 
 
 def prstatus(index: int, regs: Regs, sregs: Sregs) -> bytes:

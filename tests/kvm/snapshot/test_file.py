@@ -115,6 +115,22 @@ def test_gdb_shows_every_vcpu_as_a_thread_and_memory_at_its_address(system: Syst
             assert bytes(int(byte, 16) for byte in line.split()) == machine.read_memory(address, 4)
 
 
+def test_drgn_shows_every_vcpu_as_a_thread_too(machine: Machine, tmp_path: Path) -> None:
+    drgn = pytest.importorskip("drgn")
+    with machine:
+        machine.write_memory(0x123456, b"drgn")
+        machine.save_file(tmp_path / "a.vmdeck")
+        program = drgn.Program()
+        program.set_core_dump(str(tmp_path / "a.vmdeck"))
+        threads = {thread.tid: thread.stack_trace()[0].registers() for thread in program.threads()}
+        assert set(threads) == {1, 2}
+        for index, copy in enumerate(machine.save().vcpus):
+            regs = Regs.from_buffer_copy(copy["regs"])
+            for name in ("rax", "rdx", "rsp", "rip"):
+                assert threads[index + 1][name] == getattr(regs, name)
+        assert program.read(0x123456, 4) == b"drgn"
+
+
 def test_readelf_finds_the_notes_of_every_vcpu_and_memory_where_it_is(machine: Machine, tmp_path: Path) -> None:
     with machine:
         path = tmp_path / "a.vmdeck"
