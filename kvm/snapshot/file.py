@@ -257,7 +257,10 @@ class SnapshotFile:
         head, found = self.head, []
         at = head.size
         while (data := self._next_data(at)) < head.file_size:
-            hole = self._next_hole(data)
+            try:
+                hole = self._next_hole(data)
+            except OSError as error:
+                raise damaged(self.path, f"{error.strerror} at {data:#x}") from error
             at = min(-(-hole // PAGE_SIZE) * PAGE_SIZE, head.file_size)
             found.append(((data - head.size) // PAGE_SIZE, (at - head.size) // PAGE_SIZE))
         return found

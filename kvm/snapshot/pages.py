@@ -67,8 +67,8 @@ class PageStore:
         self._held.append(index)
 
     def release(self, index: Index) -> None:
-        """Don't keep them any longer; the next ``keep_only`` frees them."""
-        self._held = [held for held in self._held if held is not index]
+        """Undo one ``hold``; the next ``keep_only`` frees them after the last."""
+        del self._held[next(place for place, held in enumerate(self._held) if held is index)]
 
     @property
     def files(self) -> frozenset[int]:

@@ -185,6 +185,22 @@ def test_a_port_read_under_way_is_neither_lost_nor_repeated(system: System, tmp_
             until(lambda opened=opened, first=first: reads(opened) > first + 100)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_freed_checkpoints_room_is_not_taken_for_what_the_parent_has(
+    system: System, tmp_path: Path, count: int
+) -> None:
+    """What is in the file is told apart by its place in the store: the places of the last file's pages must stay."""
+    with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
+        machine.write_memory(MIB, b"in the file")
+        machine.save_file(tmp_path / "a")
+        for number in range(count):
+            machine.write_memory(MIB, bytes([number]))
+            checkpoint = machine.checkpoint()
+            machine.forget(checkpoint)
+        machine.save_file(tmp_path / "b", incremental=True)
+        assert memory_in(tmp_path / "b") == memory_of(machine)
+
+
 def test_flattened_it_needs_no_other(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
         made = generations(machine, tmp_path, 3)
