@@ -14,6 +14,8 @@ from kvm.backends.interface import PAGE_SIZE
 from kvm.memory import Memory, Pages
 from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 
+Settled = tuple[Index | None, Pages, dict[int, PageArray]]
+
 
 class PageStore:
     """Page contents in one growing array, and what the RAM holds in terms of it."""
@@ -75,15 +77,15 @@ class PageStore:
         """The source numbers of the snapshot files that are still needed."""
         return frozenset(self._files)
 
-    def settled(self) -> tuple[Index | None, Pages]:
+    def settled(self) -> Settled:
         """What RAM holds, for ``revert``. Call it before other memory, with a log of its own, is put behind RAM."""
         if self._base is not None:
             self._collect()
-        return self._base, self._dirty
+        return self._base, self._dirty, dict(self._files)
 
-    def revert(self, settled: tuple[Index | None, Pages]) -> None:
+    def revert(self, settled: Settled) -> None:
         """The memory of that time is behind RAM again."""
-        self._base, self._dirty = settled
+        self._base, self._dirty, self._files = settled
 
     def adopt(self, index: Index, files: Mapping[int, PageArray], missing: Pages) -> None:
         """RAM holds what ``index`` says, but for the ``missing`` pages, which are filled in; nothing is dirty."""

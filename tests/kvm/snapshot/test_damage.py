@@ -19,7 +19,7 @@ from kvm.snapshot import chain, notes
 from kvm.snapshot.file import read
 from kvm.x86.structs import Regs
 from tests.kvm.machines import COUNT, build, until
-from tests.kvm.snapshot.crafted import memory_of, seal, seal_at, settled, with_device, with_substate
+from tests.kvm.snapshot.crafted import memory_in, memory_of, seal, seal_at, settled, with_device, with_substate
 
 MIB = 1 << 20
 
@@ -236,6 +236,8 @@ def test_18_a_failing_load_changes_nothing(system: System, tmp_path: Path) -> No
         for offset in offsets:
             for _ in corrupted.at(offset, 0x55):
                 refused(path)
+        machine.save_file(tmp_path / "after.vmdeck", incremental=True)
+        assert memory_in(tmp_path / "after.vmdeck") == memory
         # What was dirty before is dirty still, and the guest runs on from where it was.
         machine.restore(checkpoint)
         assert machine.read_memory(0x5000, 8) + machine.read_memory(0x6000, 5) == b"as it is" + bytes(5)
