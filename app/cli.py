@@ -106,6 +106,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add_commands(commands, _Parser)
 
+    lockstep = commands.add_parser(
+        "lockstep", help="step a guest on KVM and on the software backend at once, up to the first difference"
+    )
+    lockstep.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
+    lockstep.add_argument("--count", metavar="N", default="10000", help="instructions to step (default: %(default)s)")
+    lockstep.add_argument("--memory", metavar="SIZE", default="16M", help="guest memory (default: %(default)s)")
+    lockstep.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
+    lockstep.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at")
+    lockstep.set_defaults(command=_lockstep)
+
     doctor = commands.add_parser("doctor", help="say what works on this machine, what doesn't, and why")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -124,6 +134,20 @@ def _run(options: argparse.Namespace) -> int:
         return _show(options, _restored(options.backend, options.restore, drop=options.drop, verify=options.verify))
     address = None if options.address is None else parse_address(options.address)
     return _start(options, options.image, options.format, address)
+
+
+def _lockstep(options: argparse.Namespace) -> int:
+    from app import lockstep
+
+    memory = parse_size(options.memory)
+    check_memory(memory)
+    return lockstep.run(
+        options.image,
+        count=parse_count(options.count),
+        memory=memory,
+        format=options.format,
+        address=None if options.address is None else parse_address(options.address),
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:

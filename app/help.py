@@ -18,9 +18,10 @@ _GROUPS = (("machine", "The machine"), ("vcpu", "VCPUs"), ("show", "Panes"), ("a
 _LEGEND = (
     ("•", "this register changed: a moment ago while the guest runs, since it last stood while it stands"),
     ("▶ ◌ ■", "running, halted or waiting for a SIPI, stopped"),
-    ("kernel owns", "the registers live in KVM; what is drawn is a sample of them"),
+    ("kernel owns", "the registers live in KVM (or the software backend's model of it); what is drawn is a sample"),
     ("user copy owns", "they live in vmdeck's copy and go back to KVM before the VCPU runs again"),
     ("put RUNTIME", "the level at which the copy was last written: RUNTIME, RESET or FULL"),
+    ("●", "the checkpoint that the machine came from: there Back goes"),
     ("?", "not known"),
 )
 
@@ -52,6 +53,7 @@ class HelpScreen(ModalScreen[None]):
             table.add_row(sign, meaning)
         table.add_row("", "")
         table.add_row("", "Mouse: click a VCPU to select it, the console to type, a button to press it.")
+        table.add_row("", "In the checkpoints: ⏎ goes back, n names, N notes, x deletes. ctrl+p is the palette.")
         table.add_row("", "While you type at the guest only F1 to F9, ctrl+], ctrl+p and ctrl+q are vmdeck's.")
         return table
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,9 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.message import Message
-from textual.widgets import Input
-
-from widgets.line_pane import Line, LinePane, cut, width_of
+from textual.widgets import Input, Static
 
 REMEMBERED = 50
 """Answers that Up brings back."""
@@ -27,26 +24,6 @@ class Question:
     title: str
     text: str = ""
     words: tuple[str, ...] = ()
-
-
-class _Said(LinePane):
-    """A line of text."""
-
-    def __init__(self, *, id: str) -> None:
-        super().__init__(id=id)
-        self.content: Line = ()
-
-    def show(self, *content: tuple[str, str]) -> None:
-        self.content = content
-        self.redraw()
-
-    def lines(self, width: int, height: int) -> Sequence[Line]:
-        room = width
-        shown = []
-        for text, style in self.content:
-            shown.append((cut(text, room), f"bar {style}".rstrip()))
-            room -= width_of(shown[-1:])
-        return [(*shown, (" " * room, "bar"))]
 
 
 class PromptInput(Input):
@@ -110,9 +87,9 @@ class Prompt(Vertical):
 
     def compose(self) -> ComposeResult:
         with Horizontal(id="prompt-line"):
-            yield _Said(id="prompt-title")
+            yield Static(id="prompt-title", markup=False)
             yield PromptInput(id="prompt-input", compact=True, select_on_focus=False)
-        yield _Said(id="prompt-help")
+        yield Static(id="prompt-help", markup=False)
 
     @property
     def input(self) -> Input:
@@ -123,10 +100,7 @@ class Prompt(Vertical):
         """Open, and take the keyboard."""
         self.question = question
         self._at = len(self._earlier.get(question.purpose, ()))
-        title = f" {question.title} "
-        said = self.query_one("#prompt-title", _Said)
-        said.styles.width = len(title)
-        said.show((title, "accent strong"))
+        self.query_one("#prompt-title", Static).update(question.title)
         self.input.value = question.text
         self.input.cursor_position = len(question.text)
         self.display = True
@@ -135,11 +109,16 @@ class Prompt(Vertical):
 
     def help(self, text: str) -> None:
         """What could be typed, or what this would do."""
-        self.query_one("#prompt-help", _Said).show((f" {text}", "label"))
+        self._say(text, refused=False)
 
     def refuse(self, error: str) -> None:
         """The answer won't do; it stays to be mended."""
-        self.query_one("#prompt-help", _Said).show((f" {error}", "bad"))
+        self._say(error, refused=True)
+
+    def _say(self, text: str, *, refused: bool) -> None:
+        line = self.query_one("#prompt-help", Static)
+        line.update(text)
+        line.set_class(refused, "-refused")
 
     def close(self, *, by_person: bool = True) -> None:
         """Done."""

@@ -11,7 +11,7 @@ from textual.message import Message
 from kvm.x86 import decode
 from kvm.x86.structs import GENERAL_REGISTERS, SEGMENT_REGISTERS, Regs, Sregs
 from widgets.frame import VcpuFrame
-from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
+from widgets.line_pane import GAP, Line, LinePane, Span, bar, cut, width_of
 
 MARK = "•"
 """Stands before a register that changed, for those who see no colours."""
@@ -30,6 +30,10 @@ _CELL = 23
 WIDE = 98
 """From here on four registers fit side by side, and the segments beside the control registers."""
 _SEGMENTS = 54
+MODE = 64
+"""From here on the title says "long mode", below it "long"."""
+SHORTEST_REASON = 7
+"""Cells of a reason that still say something; the status line has it, too."""
 
 
 def columns(width: int) -> int:
@@ -63,19 +67,21 @@ def vcpu_lines(frame: VcpuFrame, width: int, *, selected: bool = False) -> list[
 def _title(frame: VcpuFrame, regs: Regs | None, sregs: Sregs | None, width: int, selected: bool) -> Line:
     glyph, style = ACTIVITY.get(frame.activity, ACTIVITY[""])
     left: list[Span] = [(f" VCPU {frame.index} ", "strong"), (f"{glyph} {frame.activity or 'unknown'}", style)]
-    reason = frame.reason
-    if frame.activity == "halted" and regs and ("IF", True) not in decode.flag_words(regs.rflags):
-        reason = "interrupts are off"
-    if reason:
-        left.append((f": {cut(reason, max(width // 3, 8))}", style))
     if frame.age:
         left.append((f" {frame.age} s ago", "warn"))
     right: list[list[Span]] = []
     if regs and sregs:
-        mode = decode.mode(sregs, regs.rflags)
-        right.append([(f"{mode.value} CPL{decode.cpl(sregs, regs.rflags)}", "")])
+        mode = decode.mode(sregs, regs.rflags).value
+        mode = mode if width >= MODE else mode.removesuffix(" mode")
+        right.append([(f"{mode} CPL{decode.cpl(sregs, regs.rflags)}", "")])
     right.append([("user copy owns", "accent")] if frame.dirty else [("kernel owns", "")])
     right.append([(f"put {frame.last_put}" if frame.last_put else "never put", "label")])
+    reason = frame.reason
+    if frame.activity == "halted" and regs and ("IF", True) not in decode.flag_words(regs.rflags):
+        reason = "interrupts are off"
+    room = width - width_of(left) - sum(width_of(group) + len(GAP) for group in right) - 2
+    if reason and room >= SHORTEST_REASON:
+        left.insert(2, (f": {cut(reason, room)}", style))
     return bar(left, right, width, "bar selected" if selected else "bar")
 
 
