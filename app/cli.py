@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "lockstep", help="step a guest on KVM and on the software backend at once, up to the first difference"
     )
     lockstep.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
-    lockstep.add_argument("--count", metavar="N", default="10000", help="instructions to step (default: %(default)s)")
+    lockstep.add_argument("--count", metavar="N", type=int, default=10000, help="instructions to step (default: 10000)")
     lockstep.add_argument("--memory", metavar="SIZE", default="16M", help="guest memory (default: %(default)s)")
     lockstep.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
     lockstep.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at")
@@ -143,7 +143,7 @@ def _lockstep(options: argparse.Namespace) -> int:
     check_memory(memory)
     return lockstep.run(
         options.image,
-        count=parse_count(options.count),
+        count=options.count,
         memory=memory,
         format=options.format,
         address=None if options.address is None else parse_address(options.address),
