@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -493,6 +494,22 @@ def test_an_index_says_which_pages_are_zero_without_reading_them(system: System,
         used = np.flatnonzero([any(machine.read_memory(page * 4096, 4096)) for page in range(2048)])
     with chain.open_chain(tmp_path / "a.vmdeck") as opened:
         assert set(used) <= set(np.flatnonzero(opened.index())) != set(range(2048))
+
+
+def test_memory_that_was_never_touched_stays_so(system: System, tmp_path: Path) -> None:
+    """A first checkpoint reads what there is, not gigabytes of zeros."""
+    with build(system, tmp_path, COUNT, memory=64 * MIB) as machine:
+        (region,) = machine.memory.ram
+        before = set(region.touched().tolist())
+        machine.write_memory(50 * MIB, b"x")
+        after = set(region.touched().tolist())
+        assert 50 * MIB // 4096 in after
+        assert {page for page in range(1024) if region.pages[page].any()} <= after
+        if sys.platform == "linux":
+            assert 50 * MIB // 4096 not in before
+            assert len(after) < 8192
+        machine.save_file(tmp_path / "a.vmdeck")
+    assert memory_in(tmp_path / "a.vmdeck")[50 * MIB : 50 * MIB + 1] == b"x"
 
 
 def test_the_guest_image_is_kept_for_a_reset(system: System, tmp_path: Path) -> None:
