@@ -85,8 +85,27 @@ class Outcome:
     taken: Counter[str] = field(default_factory=Counter)
 
 
+_FEATURES = {
+    (0x1, 0): ("ecx", "edx"),
+    (0x7, 0): ("ebx", "ecx", "edx"),
+    (0x80000001, 0): ("ecx", "edx"),
+}  # fmt: skip
+"""CPUID leaves that are feature bits, by function and index."""
+
+
+def common_cpuid(reference: list[CpuidEntry], other: list[CpuidEntry]) -> list[CpuidEntry]:
+    """The other's CPUID with only those features that the reference has too: what both can give to their guests."""
+    has = {(entry.function, entry.index): entry for entry in reference}
+    common = [CpuidEntry.from_buffer_copy(entry) for entry in other]
+    for entry in common:
+        for register in _FEATURES.get((entry.function, entry.index), ()):
+            theirs = has.get((entry.function, entry.index), CpuidEntry())
+            setattr(entry, register, getattr(entry, register) & getattr(theirs, register))
+    return common
+
+
 class SameCpuid:
-    """A system that offers another one's CPUID: the lesser one's, so that both can give it to their guests."""
+    """A system that offers this CPUID instead of its own."""
 
     def __init__(self, system: System, offered: list[CpuidEntry]) -> None:
         self._system = system
@@ -103,8 +122,10 @@ class SameCpuid:
 def pair(reference: System, other: System, image: BootImage, memory: int) -> Iterator[Lockstep]:
     """Two machines with the image in them, ready to step. Raises ConfigError, KvmError."""
     config = MachineConfig(vcpus=1, memory=memory)
-    first: Any = SameCpuid(reference, other.cpuid())
-    with Machine(first, image, config) as one, Machine(other, image, config) as two:
+    offered = common_cpuid(reference.cpuid(), other.cpuid())
+    first: Any = SameCpuid(reference, offered)
+    second: Any = SameCpuid(other, offered)
+    with Machine(first, image, config) as one, Machine(second, image, config) as two:
         yield Lockstep(one, two)
 
 
@@ -179,7 +200,16 @@ class Lockstep:
         return values
 
     def _writes_to_a_device(self, code: _Code, before: _Registers) -> bool:
-        return code.name.startswith("out") or any(True for _ in _operands(code, before))
+        return code.name.startswith("out") or any(
+            self._page(address, before) in DEVICE_PAGES for address in _operands(code, before)
+        )
+
+    def _page(self, linear: int, at: _Registers) -> int | None:
+        """The physical page of a linear address; None if it isn't mapped."""
+        try:
+            return self._physical(linear, at.sregs) & -PAGE_SIZE
+        except (MemoryAccessError, LookupError):
+            return None
 
     def _found(self, where: int, text: str, values: Mapping[str, tuple[int, int]]) -> None:
         self._outcome.difference = Difference(self._outcome.steps, where, text, values)
@@ -236,18 +266,13 @@ class Lockstep:
         if name in TIME_AND_CHANCE:
             return "time or chance"
         if name == "cpuid":
-            return "CPUID, to which a host adds (the lesser one's for both)"
+            return "CPUID, to which a host adds (what was offered, for both)"
         if name == "rdmsr" and before.regs.rcx & 0xFFFFFFFF in CLOCK_MSRS:
             return "an MSR that is a clock, or describes the processor"
         if name == "in" and (before.regs.rdx & 0xFFFF if words[-1] == "dx" else int(words[-1], 0)) in CLOCK_PORTS:
             return "a port that is a clock"
-        for address in _operands(code, before):
-            try:
-                page = self._physical(address, before.sregs) & -PAGE_SIZE
-            except (MemoryAccessError, LookupError):
-                continue
-            if page in DEVICE_PAGES:
-                return "a register of an interrupt controller"
+        if any(self._page(address, before) in DEVICE_PAGES for address in _operands(code, before)):
+            return "a register of an interrupt controller"
         return ""
 
     def _memory_differences(self) -> dict[str, tuple[int, int]]:
