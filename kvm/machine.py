@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,7 +19,7 @@ from kvm import sync
 from kvm.backends.interface import PAGE_SIZE, Exit, ExitKind, System
 from kvm.boot.image import BootImage
 from kvm.devices.board import Board
-from kvm.errors import ConfigError, KvmError, MachineError, VmdeckError
+from kvm.errors import ConfigError, KvmError, MachineError, SubstateError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
 from kvm.memory import Memory
@@ -631,8 +631,7 @@ class Machine:
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
-            rows = [(row, row.at(state.machine[row.name], WritebackLevel.FULL)) for row in self._machine_rows]
-            self._vm.put(rows)
+            self._put_machine_rows(state.machine, WritebackLevel.FULL)
             sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
 
     def _get_machine_rows(self) -> dict[str, bytes]:
@@ -645,8 +644,14 @@ class Machine:
 
     def _board_reset(self) -> None:
         self.board.reset()
-        rows = [row for row in self._machine_rows if row.level <= WritebackLevel.RESET]
-        self._vm.put([(row, self._fresh_machine[row.name]) for row in rows])
+        self._put_machine_rows(self._fresh_machine, WritebackLevel.RESET)
+
+    def _put_machine_rows(self, values: Mapping[str, bytes], level: WritebackLevel) -> None:
+        rows = [(row, row.at(values[row.name], level)) for row in self._machine_rows if row.level <= level]
+        try:
+            self._vm.put(rows)
+        except SubstateError as error:
+            raise error.at(level) from None
 
     def _load_image(self) -> None:
         for segment in self.image.segments:
