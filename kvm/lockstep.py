@@ -55,6 +55,8 @@ CLOCK_MSRS = frozenset((0x10, 0x6E0, 0xE7, 0xE8, 0x1B, 0x8B, 0x1A0, *range(0x200
 """MSRs that RDMSR may find different: clocks, and what describes the processor."""
 CLOCK_PORTS = frozenset((0x40, 0x41, 0x42, 0x61, 0x70, 0x71))
 """The PIT's counters and the CMOS clock."""
+EXIT_PORTS, EXIT_LIMIT = range(0xF4, 0xF8), 5.0
+"""isa-debug-exit, and the seconds that the machine may take to act on it."""
 DEVICE_PAGES = frozenset((layout.LAPIC, layout.IOAPIC))
 """Pages with counters and versions in them: the local APIC's and the I/O APIC's."""
 
@@ -184,7 +186,9 @@ class Lockstep:
                 return
             if code.name == "hlt":
                 outcome.ended = "the guest waits for an interrupt (hlt), and none comes while it is stepped"
-            if any(machine.status.phase is Phase.EXITED for machine in self._machines):
+            if code.name == "out" and _port(code, before) in EXIT_PORTS:
+                for machine in self._machines:
+                    machine.wait(Phase.EXITED, timeout=EXIT_LIMIT)
                 outcome.ended = "the guest ended itself"
 
     def _catch_up(self, mine: _Registers, values: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
@@ -257,7 +261,7 @@ class Lockstep:
 
     def _not_comparable(self, code: _Code, before: _Registers, values: Mapping[str, tuple[int, int]]) -> str:
         """Why these differences are none; empty if they are."""
-        words, name = code.text.replace(",", " ").split(), code.name
+        name = code.name
         undefined = UNDEFINED_FLAGS.get(name, 0)
         if values.keys() == {"rflags"} and not (values["rflags"][0] ^ values["rflags"][1]) & ~undefined:
             return "flags that are undefined after the instruction"
@@ -269,7 +273,7 @@ class Lockstep:
             return "CPUID, to which a host adds (what was offered, for both)"
         if name == "rdmsr" and before.regs.rcx & 0xFFFFFFFF in CLOCK_MSRS:
             return "an MSR that is a clock, or describes the processor"
-        if name == "in" and (before.regs.rdx & 0xFFFF if words[-1] == "dx" else int(words[-1], 0)) in CLOCK_PORTS:
+        if name == "in" and _port(code, before) in CLOCK_PORTS:
             return "a port that is a clock"
         if any(self._page(address, before) in DEVICE_PAGES for address in _operands(code, before)):
             return "a register of an interrupt controller"
@@ -313,6 +317,13 @@ class _Code:
         """The mnemonic, without its prefixes."""
         words = self.text.split()
         return words[1] if len(words) > 1 and (self.repeated or words[0] == "lock") else words[0]
+
+
+def _port(code: _Code, at: _Registers) -> int:
+    """The port of an IN or OUT."""
+    operands = code.text.partition(" ")[2].split(", ")
+    named = operands[0] if code.name == "out" else operands[-1]
+    return at.regs.rdx & 0xFFFF if named == "dx" else int(named, 0)
 
 
 def _kinds(ended: tuple[Exit, Exit]) -> str | None:
