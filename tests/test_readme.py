@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import readme_table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,3 +35,7 @@ def test_it_names_every_option() -> None:
         ).stdout
         for option in re.findall(r"--[a-z-]+", shown):
             assert option == "--help" or option in README
+
+
+def test_its_table_of_substates_is_the_code_s() -> None:
+    assert readme_table.rewritten(README) == README
