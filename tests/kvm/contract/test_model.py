@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Phase_
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -181,8 +182,11 @@ class ContractModel(RuleBasedStateMachine):
     def running(self) -> bool:
         return self.machine.status.phase is Phase.RUNNING
 
-    def attempt(self, operation: Callable[[], object]) -> bool:
-        """Do it; False if an injected error ended it. What was about to run doesn't, then."""
+    def attempt(self, operation: Callable[[], object], *, all_dirty: bool = True) -> bool:
+        """Do it; False if an injected error ended it. What was about to run doesn't, then.
+
+        ``all_dirty``: a put in it is of a copy that owns its state (else it may be of guest debug alone).
+        """
         armed, told = self.fail_at, ""
         try:
             operation()
@@ -193,14 +197,11 @@ class ContractModel(RuleBasedStateMachine):
         assert armed is not None
         assert self.fail_at is None
         assert errno.errorcode[armed[2]] in told
-        self.failed_put_stays_dirty(armed[0])
+        if all_dirty and armed[0] == "_SET_":
+            assert any(vcpu.dirty for vcpu in self.machine.vcpus)
         assert not self.running
         self.expected.clear()
         return False
-
-    def failed_put_stays_dirty(self, kind: str) -> None:
-        if kind == "_SET_":
-            assert any(vcpu.dirty for vcpu in self.machine.vcpus)
 
     def stopped(self) -> None:
         """All stand, wherever they were: those that ran have no copy."""
@@ -237,11 +238,12 @@ class ContractModel(RuleBasedStateMachine):
                 return
             raise AssertionError("a half-done machine runs")
         self.expected = {vcpu: self.at_entry(vcpu) for vcpu in range(VCPUS)}
-        kind = self.fail_at[0] if self.fail_at else ""
+        kind, all_dirty = self.fail_at[0] if self.fail_at else "", None not in self.copy
         self.machine.run()
         until(lambda: not self.expected or self.machine.status.phase is Phase.STOPPED)
         if self.machine.status.phase is Phase.STOPPED:
-            self.failed_put_stays_dirty(kind)
+            if kind == "_SET_" and all_dirty:
+                assert any(vcpu.dirty for vcpu in self.machine.vcpus)
             self.stopped()
         else:
             self.copy = [None] * VCPUS
@@ -302,7 +304,7 @@ class ContractModel(RuleBasedStateMachine):
             return
         stepped = range(VCPUS) if vcpu is None else (vcpu,)
         self.expected = {each: self.at_entry(each) for each in stepped}
-        worked = self.attempt(lambda: self.machine.step(vcpu))
+        worked = self.attempt(lambda: self.machine.step(vcpu), all_dirty=None not in self.copy)
         assert not self.expected
         for each in stepped:
             if not self.machine.vcpus[each].dirty:
@@ -504,5 +506,5 @@ SELDOM = "the LAPIC left alone at runtime"
 def test_the_model_misses_each_guard(monkeypatch: pytest.MonkeyPatch, guard: str) -> None:
     """Negative controls: with one guard taken out, some interleaving is found wrong."""
     GUARDS[guard](monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, FlakyFailure)):  # the latter: found, and with these threads not found again
         interleave(3000, phases=[Phase_.generate])
