@@ -82,6 +82,22 @@ def test_step_executes_one_instruction(system: System, tmp_path: Path) -> None:
         assert regs(machine).rax & 0xFFFFFFFF == 3
 
 
+def test_a_step_over_port_io_is_one_instruction(system: System, tmp_path: Path) -> None:
+    """in al, 0x99; out 0x99, al; insb; jmp back: each exits to the bus in the middle of its step."""
+    with build(system, tmp_path, bytes.fromhex("e4 99 e6 99 6c eb f9")) as machine:
+        rips = []
+        for _ in range(8):
+            (ended,) = machine.step(0)
+            assert ended.kind is ExitKind.DEBUG
+            rips.append(regs(machine).rip - ORIGIN)
+        assert rips == [2, 4, 5, 0] * 2
+        assert regs(machine).rax & 0xFF == 0xFF
+        assert regs(machine).rdi == 2
+        machine.run()
+        until(lambda: sampled(machine).rdi & 0xFFFF > 50)
+        assert machine.status.phase is Phase.RUNNING
+
+
 def test_step_all_leaves_waiting_vcpus_where_they_are(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, vcpus=3) as machine:
         kinds = [ended.kind for ended in machine.step()]
