@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from functools import partial
 
 from app.bell import ENDING
@@ -16,10 +17,13 @@ def run(machine: Machine) -> int:
 
 
 async def _run(machine: Machine) -> int:
-    app = Workstation(machine)
+    app = Workstation(machine, run=True)
+    if sys.platform != "win32":
+        from app.driver import Driver
+
+        app.driver_class = Driver
     loop = asyncio.get_running_loop()
     for number in ENDING:
         loop.add_signal_handler(number, partial(app.exit, 128 + number, return_code=128 + number))
-    machine.run()
     await app.run_async()
     return app.return_code or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class _Operation:
 class Workstation(App[int]):
     """Runs until a person quits; ``return_value`` and ``return_code`` are the process's exit code.
 
-    The machine stays the caller's: to be run before, to be closed after.
+    The machine stays the caller's, to be closed after. ``run``: let the guest run, once the first frame is drawn: a
+    busy guest would take the processor from it.
     """
 
     CSS_PATH = "workstation.tcss"
@@ -88,12 +90,13 @@ class Workstation(App[int]):
             self.name = name
             self.error = error
 
-    def __init__(self, machine: Machine, *, title: str = "") -> None:
+    def __init__(self, machine: Machine, *, title: str = "", run: bool = False) -> None:
         super().__init__()
         self.register_theme(VMDECK)
         self.theme = VMDECK.name  # now: a change of theme later styles everything a second time
         self.machine = machine
         self.title = title or Path(machine.image.path).name
+        self._run_it = run
         self.selected = 0
         self._laid_out = False
         self._cells = Size(80, 24)
@@ -147,6 +150,8 @@ class Workstation(App[int]):
         self.machine.subscribe(self._hear)
         self.set_interval(1 / RATE, self._tick)
         self.call_after_refresh(self._draw)
+        if self._run_it:
+            self.call_after_refresh(self.action_run)
 
     def _hear(self, status: Status) -> None:
         """On a thread of the machine: only leave a message, and none for an app that is gone."""
@@ -498,7 +503,13 @@ class Workstation(App[int]):
         come at once (a slow line, a macro), those after one that moves the keyboard would go to the old place: of
         ``e rax=1`` the r would reset the machine.
         """
-        if isinstance(event, events.Key) and not event.is_forwarded and self._laid_out and self.screen is self._main:
+        if not isinstance(event, events.Key) or event.is_forwarded:
+            await super().on_event(event)
+            return
+        await asyncio.sleep(0)  # a flood of keys must not keep signals and frames from their turn
+        if self._exit:
+            return  # those typed ahead don't hold up the end
+        if self._laid_out and self.screen is self._main:
             pane = self.focused
             ours = pane is None or (pane.id in FOCUSED and not pane.check_consume_key(event.key, event.character))
             # Priority bindings come first here as in Textual.
@@ -530,7 +541,10 @@ class Workstation(App[int]):
         if name != "vcpus":
             self._place = name
         if name != before:
-            self._arrange()
+            if self._zoomed:
+                self._arrange()
+            else:
+                self._share_place(not self._main.has_class("-tabbed"))
             if "console" in (name, before) and self._last_status:
                 self._draw_banner(self._last_status)
             self.call_after_refresh(self._draw)

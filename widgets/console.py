@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.cells import cell_len
 from rich.style import Style
@@ -13,7 +13,9 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 
 from widgets.line_pane import Line, LinePane, Span, bar
-from widgets.terminal import GuestTerminal
+
+if TYPE_CHECKING:
+    from widgets.terminal import GuestTerminal
 
 KEYS = {
     "enter": b"\r", "tab": b"\t", "backspace": b"\x7f", "escape": b"\x1b", "ctrl+at": b"\x00", "ctrl+space": b"\x00",
@@ -90,22 +92,33 @@ class ConsolePane(LinePane, can_focus=True):
         """Does the guest run, so that it hears what is typed?"""
         self._chosen = False
         self._back = 0
-        self._terminals = [GuestTerminal() for _ in self.sources]
+        self._terminals: dict[int, GuestTerminal] = {}
+        """Of the sources that have said something."""
         self._unseen = [0] * len(self.sources)
 
+    def _terminal(self, source: int) -> GuestTerminal:
+        if source not in self._terminals:
+            from widgets.terminal import GuestTerminal  # with it comes pyte, which the first frame can do without
+
+            width, height = self.size
+            self._terminals[source] = GuestTerminal(max(width - 1, 1), max(height - 1, 1))
+        return self._terminals[source]
+
     @property
-    def terminal(self) -> GuestTerminal:
-        """The one that is shown."""
-        return self._terminals[self.shown]
+    def _scrollback(self) -> int:
+        return self._terminals[self.shown].scrollback if self.shown in self._terminals else 0
+
+    def _has_text(self, source: int) -> bool:
+        return source in self._terminals and any(self._terminals[source].text())
 
     def write(self, source: int, data: bytes) -> None:
         """Output of the guest. Until a person chooses, the first source that has said something is shown."""
         if not data:
             return
-        terminal = self._terminals[source]
+        terminal = self._terminal(source)
         before = terminal.scrollback
         terminal.feed(data)
-        if not self._chosen and (source < self.shown or not any(self.terminal.text())):
+        if not self._chosen and (source < self.shown or not self._has_text(self.shown)):
             self.shown, self._back, self._unseen[source] = source, 0, 0
         if source != self.shown:
             self._unseen[source] += len(data)
@@ -135,7 +148,7 @@ class ConsolePane(LinePane, can_focus=True):
 
     def action_scroll_back(self, pages: int) -> None:
         page = max(self.size.height - 2, 1)
-        self._back = min(max(self._back + pages * page, 0), self.terminal.scrollback)
+        self._back = min(max(self._back + pages * page, 0), self._scrollback)
         self.redraw()
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
@@ -143,10 +156,13 @@ class ConsolePane(LinePane, can_focus=True):
         title = self._title(width)
         if width < 2 or height < 2:
             return [title]
-        for terminal in self._terminals:
-            terminal.resize(width - 1, height - 1)
-        rows = self.terminal.rows(self._back)
-        cursor = self.terminal.cursor
+        if self.shown not in self._terminals and not self.has_focus:
+            return [title]
+        terminal = self._terminal(self.shown)
+        for each in self._terminals.values():
+            each.resize(width - 1, height - 1)
+        rows = terminal.rows(self._back)
+        cursor = terminal.cursor
         if self.has_focus and cursor and not self._back:
             rows[cursor[1]] = _with_cursor(rows[cursor[1]], cursor[0])
         return [title, *(((" ", ""), *row) for row in rows)]
@@ -157,13 +173,13 @@ class ConsolePane(LinePane, can_focus=True):
         for index, name in enumerate(self.sources):
             if index == self.shown:
                 left.append((f" {name} ", "text"))
-            elif self._unseen[index] or len(self._terminals[index].text()[0]):
+            elif index in self._terminals:
                 left.append((f" {name} +{self._unseen[index]} ", "dim"))
         right: list[list[Span]] = []
         if self._back:
             right.append([(f"{self._back} lines back", "warn")])
         if self.has_focus:
-            heard = "typing goes to the guest" if self.listening else "the guest stands: F5 lets it hear you"
+            heard = "typing goes to the guest" if self.listening else "the guest stands, and hears this once it runs"
             right.append([(f"{heard}, F2 leaves", "accent")])
         if self.others and not self.has_focus:
             right.append([(self.others, "label")])
@@ -204,7 +220,7 @@ class ConsolePane(LinePane, can_focus=True):
         self._scroll_lines(-3)
 
     def _scroll_lines(self, count: int) -> None:
-        self._back = min(max(self._back + count, 0), self.terminal.scrollback)
+        self._back = min(max(self._back + count, 0), self._scrollback)
         self.redraw()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from kvm import sync
 from kvm.backends.kernel.system import KernelSystem
 from kvm.machine import Activity, Machine
+from tests.bench.ui import ui
 from tests.kvm.machines import COUNT, HLT, build, until
 
 HERE = Path(__file__).parent
@@ -146,7 +147,7 @@ def sampling() -> None:
         line("busy guest, sampled at 30 Hz", watched, alone, "M/s")
 
 
-ALL = {work.__name__: work for work in (hooks, restore, reset, pio, sampling)}
+ALL = {work.__name__: work for work in (hooks, restore, reset, pio, sampling, ui)}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:] or list(ALL)
