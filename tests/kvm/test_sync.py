@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvm import sync
-from kvm.backends.interface import IoctlTrace, System
+from kvm.backends.interface import System
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
 from kvm.x86.structs import Regs
+from tests.kvm.contract.lab import Tracing
 from tests.kvm.machines import COUNT, build, until
 
 VCPUS = 3
@@ -22,28 +23,6 @@ VCPUS = 3
 def machine(system: System, tmp_path: Path) -> Iterator[Machine]:
     with build(system, tmp_path, COUNT, vcpus=VCPUS) as built:
         yield built
-
-
-class Tracing:
-    """What ioctls a piece of work makes on each VCPU."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def __enter__(self) -> Tracing:
-        self.calls: list[IoctlTrace] = []
-        self.machine.system.trace = self.calls
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.machine.system.trace = None
-
-    def moved(self, vcpu: int) -> list[tuple[str, str]]:
-        """(ioctl, substate) in order."""
-        return [(call.ioctl, call.substate) for call in self.calls if call.vcpu == vcpu and call.substate]
-
-    def threads(self, vcpu: int) -> set[int]:
-        return {call.thread for call in self.calls if call.vcpu == vcpu}
 
 
 def gets(machine: Machine) -> list[tuple[str | None, str]]:

@@ -18,15 +18,11 @@ from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.vcpu import KernelVcpuFd
+from kvm.x86 import layout
 from kvm.x86.substates import Substate
 
 if TYPE_CHECKING:
     from kvm.backends.kernel.system import KernelSystem
-
-# Four pages that Intel processors without unrestricted guest need, where QEMU has them: below a firmware of up to
-# 16 MiB, above any RAM. The identity map's page table comes first, the TSS's three pages follow.
-_IDENTITY_MAP = 0xFEFFC000
-_TSS = _IDENTITY_MAP + 0x1000
 
 _REGION = struct.Struct("<IIQQQ")  # struct kvm_userspace_memory_region
 _ZONE = struct.Struct("<QII")  # struct kvm_coalesced_mmio_zone
@@ -75,9 +71,9 @@ class KernelVm:
             # Otherwise KVM rewrites the other vendor's vmcall/vmmcall in the guest's memory.
             self._enable("KVM_CAP_DISABLE_QUIRKS2", quirk)
         if caps["KVM_CAP_SET_IDENTITY_MAP_ADDR"]:
-            self._fd.call("KVM_SET_IDENTITY_MAP_ADDR", struct.pack("<Q", _IDENTITY_MAP))
+            self._fd.call("KVM_SET_IDENTITY_MAP_ADDR", struct.pack("<Q", layout.KVM_IDENTITY_MAP))
         if caps["KVM_CAP_SET_TSS_ADDR"]:
-            self._fd.call_value("KVM_SET_TSS_ADDR", _TSS)
+            self._fd.call_value("KVM_SET_TSS_ADDR", layout.KVM_TSS)
 
     def _enable(self, capability: str, argument: int) -> None:
         raw = struct.pack("<IIQ24x64x", getattr(lib, capability), 0, argument)  # struct kvm_enable_cap
