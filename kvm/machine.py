@@ -6,92 +6,41 @@ have to say goes into the inbox of the supervisor thread, which acts on it like 
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from enum import Enum
 from types import TracebackType
 
 from kvm import sync
-from kvm.backends.interface import PAGE_SIZE, Exit, ExitKind, System
+from kvm.backends.interface import Exit, ExitKind, System
 from kvm.boot.image import BootImage
+from kvm.chips import Chips
+from kvm.config import MachineConfig
 from kvm.devices.board import Board
-from kvm.errors import ConfigError, KvmError, MachineError, SubstateError, VmdeckError
+from kvm.errors import KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
 from kvm.memory import Memory
 from kvm.snapshot.chain import open_chain
+from kvm.snapshot.checkpoints import Checkpoints
 from kvm.snapshot.contents import Contents, Index
 from kvm.snapshot.file import Progress, Snapshot, Written
 from kvm.snapshot.files import MachineFiles, Mapped
 from kvm.snapshot.pages import PageStore
 from kvm.snapshot.replace import StrPath
 from kvm.snapshot.state import Checkpoint, MachineState, check
+from kvm.status import Phase, Status
+from kvm.supervisor import Act, Supervisor
 from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, layout, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
-from kvm.x86.substates import machine_table, vcpu_table
+from kvm.x86.substates import vcpu_table
 
 __all__ = ["Activity", "Checkpoint", "Machine", "MachineConfig", "Phase", "Status", "VcpuView"]
 
 STEP_LIMIT = 0.1
 """Seconds that one instruction may take before the VCPU is held to be waiting: in HLT, or for a SIPI."""
-
-
-class Phase(Enum):
-    """What the machine as a whole is doing."""
-
-    PAUSED = "paused"
-    RUNNING = "running"
-    STOPPED = "stopped"
-    """The guest can't go on: a triple fault, an instruction that KVM can't emulate."""
-    EXITED = "exited"
-    """The guest ended itself through isa-debug-exit; ``Status.code`` is what it wrote."""
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The machine's phase and why: ``reason`` is one line; ``vcpu`` and ``exit`` say who stopped it, and how."""
-
-    phase: Phase
-    reason: str = ""
-    vcpu: int | None = None
-    exit: Exit | None = None
-    code: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
-    """``vcpus`` ≥ 1; ``memory`` in bytes, a multiple of 4 KiB."""
-
-    vcpus: int = 1
-    memory: int = 64 << 20
-
-    def check(self, max_vcpus: int) -> None:
-        """Raise ConfigError for a machine that can't be."""
-        if not 1 <= self.vcpus <= max_vcpus:
-            raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
-        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
-            raise ConfigError(
-                f"{self.memory} bytes of memory: it takes {layout.MIN_MEMORY >> 20} MiB or more, in steps of 4 KiB."
-            )
-        if self.memory > layout.MAX_MEMORY:
-            raise ConfigError(
-                f"{self.memory >> 30} GiB of memory: more than the {layout.MAX_MEMORY >> 30} GiB that a guest's "
-                "physical addresses can hold here."
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """What the supervisor has to act on; one of an older epoch concerns a state that a reset or load has replaced."""
-
-    epoch: int
-    act: Callable[[], None]
 
 
 class Machine:
@@ -113,11 +62,7 @@ class Machine:
         self._changed = threading.Condition()
         self._orders = threading.Lock()
         """Keeps orders to all VCPUs whole: a stop that comes half before a resume would leave some standing."""
-        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
-        self._epoch = 0
-        self._checkpoints: list[Checkpoint] = []
-        self._last_number = 0
-        self._came_from: int | None = None
+        self._checkpoints = Checkpoints()
         self._half_done = ""
         """The reset or load that is under way, or that failed half-way: the guest must not run on what it left."""
         self._ran = False
@@ -127,8 +72,7 @@ class Machine:
         except BaseException:
             self._free()
             raise
-        self._supervisor = threading.Thread(target=self._supervise, name="machine", daemon=True)
-        self._supervisor.start()
+        self._supervisor = Supervisor(self._lock, self._act)
 
     def _build(self) -> None:
         caps = self.system.caps
@@ -140,7 +84,7 @@ class Machine:
         for port, size in self.board.coalesced_ports:
             self._vm.coalesce(port, size)
         self.table = vcpu_table(caps, self.system.msr_list())
-        self._machine_rows = machine_table(caps)
+        self._chips = Chips(self._vm, caps)
         control = step_control(caps["KVM_CAP_SET_GUEST_DEBUG2"])
         for index in range(self.config.vcpus):
             fd = self._vm.create_vcpu(index)
@@ -155,7 +99,6 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
-        self._fresh_machine = self._get_machine_rows()
         self._load_image()
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
@@ -170,12 +113,12 @@ class Machine:
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Oldest first. Any thread; never blocks."""
-        return tuple(self._checkpoints)
+        return self._checkpoints.kept
 
     @property
     def came_from(self) -> int | None:
         """The number of the checkpoint that was taken or restored last; None since a reset or load. Any thread."""
-        return self._came_from
+        return self._checkpoints.came_from
 
     def subscribe(self, listener: Callable[[Status], None]) -> None:
         """Call this at every change of status, on the thread that made it; it must not block."""
@@ -225,7 +168,7 @@ class Machine:
             self._stop_all()
             self._ran = True
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
-            epoch = self._epoch
+            epoch = self._supervisor.epoch
             replies = [(target, target.step()) for target in targets]
             outcomes = []
             for target, reply in replies:
@@ -242,7 +185,7 @@ class Machine:
                     target.stop_reason = "waits, nothing to step"
                 elif ended.kind is ExitKind.DEBUG:
                     target.stop_reason = "stepped"
-                elif epoch == self._epoch:
+                elif epoch == self._supervisor.epoch:
                     self._guest_stopped(target, ended)
             return tuple(exits)
 
@@ -252,14 +195,15 @@ class Machine:
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
-            self._epoch += 1
+            self._supervisor.epoch += 1
             self._forget_reasons()
             with self._all_or_stopped("reset"):
-                self._board_reset()
+                self.board.reset()
+                self._chips.put(self._chips.fresh, WritebackLevel.RESET)
                 self._load_image()
                 self._reset_copies()
                 sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
-            self._came_from = None
+            self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
             if was_running:
                 self._resume()
@@ -276,7 +220,7 @@ class Machine:
         then STOPPED, its copies still hold the state, and another load or a reset mends it.
         """
         with self._operation("load"):
-            check(state, self.table, self._machine_rows, len(self.vcpus))
+            check(state, self.table, self._chips.rows, len(self.vcpus))
             self._pause_for("load")
             self._load(state)
             self._set_status(Status(Phase.PAUSED, "loaded"))
@@ -287,19 +231,7 @@ class Machine:
             was_running = self._status.phase is Phase.RUNNING
             state = self._save(self._stop_all())
             index, pages = self._take_pages()
-            self._last_number += 1
-            checkpoint = Checkpoint(
-                number=self._last_number,
-                name=name or f"checkpoint {self._last_number}",
-                taken=time.time(),
-                position=tuple(Regs.from_buffer_copy(copy["regs"]).rip for copy in state.vcpus),
-                pages=pages,
-                parent=self._came_from,
-                state=state,
-                index=index,
-            )
-            self._checkpoints.append(checkpoint)
-            self._came_from = checkpoint.number
+            checkpoint = self._checkpoints.add(name, state, index, pages)
             if was_running:
                 self._resume()
             return checkpoint
@@ -307,12 +239,12 @@ class Machine:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of this machine; the guest goes on if it ran. Raises MachineError, KvmError."""
         with self._operation("restore"):
-            checkpoint = self._kept(checkpoint)
+            checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             self._stop_all()
             self._pages.put_back(checkpoint.index)
             self._load(checkpoint.state)
-            self._came_from = checkpoint.number
+            self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
                 self._resume()
@@ -320,16 +252,13 @@ class Machine:
     def forget(self, checkpoint: Checkpoint) -> None:
         """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
         with self._operation("forget"):
-            self._checkpoints.remove(self._kept(checkpoint))
+            self._checkpoints.remove(checkpoint)
             self._free_pages()
 
     def rename(self, checkpoint: Checkpoint, name: str, note: str = "") -> Checkpoint:
         """Give a checkpoint another name and note; the one it was still stands for it. Raises MachineError."""
         with self._operation("rename"):
-            kept = self._kept(checkpoint)
-            renamed = replace(kept, name=name, note=note)
-            self._checkpoints[self._checkpoints.index(kept)] = renamed
-            return renamed
+            return self._checkpoints.rename(checkpoint, name, note)
 
     def contents(self, checkpoint: Checkpoint) -> Contents:
         """A checkpoint's RAM, for ``kvm.snapshot.diff``; good for as long as the checkpoint is kept."""
@@ -394,7 +323,7 @@ class Machine:
                 shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
                          "bytes of ROM": len(self.image.rom)}  # fmt: skip
                 state, losses = self.files.fit(
-                    chain, shape, self.table, self._machine_rows, (self._fresh, self._fresh_machine),
+                    chain, shape, self.table, self._chips.rows, (self._fresh, self._chips.fresh),
                     ran=self._ran, drop=drop,
                 )  # fmt: skip
                 mapped = self.files.map(chain)
@@ -469,12 +398,10 @@ class Machine:
         with self._lock:
             if self._status.phase is Phase.CLOSED:
                 return
-            self._epoch += 1
+            self._supervisor.epoch += 1
             self._set_status(Status(Phase.CLOSED, "closed"))
         self.files.stop_checking()
-        self._inbox.put(None)
-        if threading.current_thread() is not self._supervisor:
-            self._supervisor.join()
+        self._supervisor.close()
         self._free()
 
     def __enter__(self) -> Machine:
@@ -573,15 +500,8 @@ class Machine:
                 "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
             ) from None
 
-    def _kept(self, checkpoint: Checkpoint) -> Checkpoint:
-        """This checkpoint as it is kept: a rename has put another one in the place of the caller's."""
-        for kept in self._checkpoints:
-            if kept.state is checkpoint.state:
-                return kept
-        raise MachineError(f"There is no checkpoint {checkpoint.number} ({checkpoint.name}) any more.")
-
     def _free_pages(self) -> None:
-        self._pages.keep_only(kept.index for kept in self._checkpoints)
+        self._pages.keep_only(self._checkpoints.indices)
 
     def _rom(self) -> bytes:
         size = len(self.image.rom)
@@ -589,7 +509,7 @@ class Machine:
 
     def _take(self, mapped: Mapped, state: MachineState) -> None:
         """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
-        epoch, status, half_done, rom = self._epoch, self._status, self._half_done, self._rom()
+        epoch, status, half_done, rom = self._supervisor.epoch, self._status, self._half_done, self._rom()
         before, settled = self._save(self._stop_all()), self._pages.settled()
         ram = self.memory.replace_ram(mapped.ram)
         try:
@@ -601,14 +521,14 @@ class Machine:
             self._pages.revert(settled)
             self.memory.write(layout.ROM_END - len(rom), rom)
             self._load(before)
-            self._epoch, self._half_done = epoch, half_done
+            self._supervisor.epoch, self._half_done = epoch, half_done
             self._set_status(status)
             if status.phase is Phase.RUNNING:
                 self._resume()
             raise
         self.image = mapped.image
         self.files.adopt(mapped)
-        self._came_from = None
+        self._checkpoints.came_from = None
 
     def _file_damaged(self, error: VmdeckError) -> None:
         """Memory that the guest may have used already isn't what was saved."""
@@ -617,41 +537,27 @@ class Machine:
     def _save(self, skew_us: float) -> MachineState:
         """All stand: devices first, so that what they still owe a VCPU is in its state."""
         devices = self.board.save()
-        machine = self._get_machine_rows()
+        machine = self._chips.get()
         sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us)
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
 
     def _load(self, state: MachineState) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
         self.board.check(state.devices)
-        self._epoch += 1
+        self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
             sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
-            self._put_machine_rows(state.machine, WritebackLevel.FULL)
+            self._chips.put(state.machine, WritebackLevel.FULL)
             sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
-
-    def _get_machine_rows(self) -> dict[str, bytes]:
-        return dict(zip((row.name for row in self._machine_rows), self._vm.get(self._machine_rows), strict=True))
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""
         for vcpu in self.vcpus:
             vcpu.stop_reason = ""
-
-    def _board_reset(self) -> None:
-        self.board.reset()
-        self._put_machine_rows(self._fresh_machine, WritebackLevel.RESET)
-
-    def _put_machine_rows(self, values: Mapping[str, bytes], level: WritebackLevel) -> None:
-        rows = [(row, row.at(values[row.name], level)) for row in self._machine_rows if row.level <= level]
-        try:
-            self._vm.put(rows)
-        except SubstateError as error:
-            raise error.at(level) from None
 
     def _load_image(self) -> None:
         for segment in self.image.segments:
@@ -679,17 +585,15 @@ class Machine:
         with self._orders:
             for vcpu in self.vcpus:
                 vcpu.stop()
-            self._inbox.put(_Message(self._epoch, act))
+            self._supervisor.tell(act)
 
-    def _supervise(self) -> None:
-        while (message := self._inbox.get()) is not None:
-            with self._lock:
-                if message.epoch == self._epoch:
-                    try:
-                        self._stop_all()
-                        message.act()
-                    except VmdeckError as error:
-                        self._set_status(Status(Phase.STOPPED, str(error)))
+    def _act(self, act: Act) -> None:
+        """The supervisor's, under the lock."""
+        try:
+            self._stop_all()
+            act()
+        except VmdeckError as error:
+            self._set_status(Status(Phase.STOPPED, str(error)))
 
     def _guest_reset(self, why: str) -> None:
         was_running = self._status.phase is Phase.RUNNING

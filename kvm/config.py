@@ -1,0 +1,31 @@
+"""What a machine is made of, before it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvm.backends.interface import PAGE_SIZE
+from kvm.errors import ConfigError
+from kvm.x86 import layout
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """``vcpus`` ≥ 1; ``memory`` in bytes, a multiple of 4 KiB."""
+
+    vcpus: int = 1
+    memory: int = 64 << 20
+
+    def check(self, max_vcpus: int) -> None:
+        """Raise ConfigError for a machine that can't be."""
+        if not 1 <= self.vcpus <= max_vcpus:
+            raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
+        if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:
+            raise ConfigError(
+                f"{self.memory} bytes of memory: it takes {layout.MIN_MEMORY >> 20} MiB or more, in steps of 4 KiB."
+            )
+        if self.memory > layout.MAX_MEMORY:
+            raise ConfigError(
+                f"{self.memory >> 30} GiB of memory: more than the {layout.MAX_MEMORY >> 30} GiB that a guest's "
+                "physical addresses can hold here."
+            )
