@@ -73,7 +73,8 @@ def qemu(image: Path, folder: Path, vcpus: int) -> dict[str, Counter[str]]:
     disk = folder / "disk.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disk), "64M"], check=True)
     strace = Strace(folder / "qemu.strace")
-    machine = ("-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", str(vcpus), "-m", str(MEMORY), "-bios", str(image))
+    cpu = ("-accel", "kvm", "-cpu", "host,-arch-capabilities", "-smp", str(vcpus))
+    machine = (*cpu, "-m", str(MEMORY), "-bios", str(image))
     drive = ("-drive", f"if=none,format=qcow2,file={disk}")
     with Qemu(*machine, *drive, wrapper=strace.command()) as guest:
 
