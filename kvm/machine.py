@@ -260,10 +260,25 @@ class Machine:
         with self._operation("rename"):
             return self._checkpoints.rename(checkpoint, name, note)
 
-    def contents(self, checkpoint: Checkpoint) -> Contents:
-        """A checkpoint's RAM, for ``kvm.snapshot.diff``; good for as long as the checkpoint is kept."""
-        with self._operation("look at a checkpoint"):
-            return self._pages.contents(checkpoint.index)
+    @contextmanager
+    def held(self, checkpoint: Checkpoint | None = None) -> Iterator[tuple[MachineState, Contents]]:
+        """A checkpoint's state and RAM, or the machine's own as they are now, to be looked at until the block ends.
+
+        Nothing that happens to the machine meanwhile changes them; the guest goes on if it ran. Raises MachineError.
+        """
+        with self._operation("look at the machine", whole=checkpoint is None):
+            if checkpoint is not None:
+                kept = self._checkpoints.find(checkpoint)
+                state, contents = kept.state, self._hold(kept.index)
+            else:
+                was_running = self._status.phase is Phase.RUNNING
+                state, contents = self._freeze()
+                if was_running:
+                    self._resume()
+        try:
+            yield state, contents
+        finally:
+            self._let_go(contents)
 
     def save_file(
         self,
@@ -275,31 +290,39 @@ class Machine:
         incremental: bool = False,
         progress: Progress = lambda done, total: None,
         cancel: threading.Event | None = None,
+        taken: Callable[[], None] = lambda: None,
     ) -> Written:
         """Save the machine to a file, an ELF core (kvm/snapshot/FORMAT.md). The guest stands only while its state and
         the pages that it has changed are copied; it runs on while they are written.
 
-        ``incremental``: only what changed since the file that the machine was last saved to or loaded from.
+        ``incremental``: only what changed since the file that the machine was last saved to or loaded from. ``taken``
+        is called when they are copied: what is done with the machine from then on isn't in the file.
         Raises SnapshotError, SnapshotCancelled: what was at ``path`` is as it was.
         """
         with self._operation("save to a file", whole=True):
             self.files.check_target(path, incremental=incremental)
             parent = self.files.saved if incremental else None
             was_running = self._status.phase is Phase.RUNNING
-            state = self._save(self._stop_all())
-            index, _ = self._take_pages()
-            self._pages.hold(index)
+            state, contents = self._freeze()
             snapshot = Snapshot(
-                self.config.memory, self.system.name, time.time(), why, name, note, state,
-                self._pages.contents(index), self._rom(), self.image,
-            )  # fmt: skip
+                self.config.memory,
+                self.system.name,
+                time.time(),
+                why,
+                name,
+                note,
+                state,
+                contents,
+                self._rom(),
+                self.image,
+            )
             if was_running:
                 self._resume()
         try:
+            taken()
             return self.files.write(path, snapshot, parent, progress, cancel, self._lock)
         finally:
-            with self._lock:
-                self._free_pages()
+            self._let_go(contents)
 
     def load_file(
         self,
@@ -491,6 +514,21 @@ class Machine:
         if self._status.phase is Phase.RUNNING:
             self._set_status(Status(Phase.PAUSED, f"paused to {operation}"))
         return skew
+
+    def _freeze(self) -> tuple[MachineState, Contents]:
+        """Stop all, and copy what there is; ``_let_go`` of it in the end."""
+        state = self._save(self._stop_all())
+        index, _ = self._take_pages()
+        return state, self._hold(index)
+
+    def _hold(self, index: Index) -> Contents:
+        self._pages.hold(index)
+        return self._pages.contents(index)
+
+    def _let_go(self, contents: Contents) -> None:
+        with self._lock:
+            self._pages.release(contents.index)
+            self._free_pages()
 
     def _take_pages(self) -> tuple[Index, int]:
         try:

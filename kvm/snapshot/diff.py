@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvm.backends.interface import PAGE_SIZE
+from kvm.errors import SnapshotCancelled
 from kvm.snapshot.chain import page_address
-from kvm.snapshot.contents import Contents, Index
+from kvm.snapshot.contents import SOURCE_SHIFT, ZERO, Contents, Index
+from kvm.snapshot.file import Progress
 from kvm.snapshot.state import MachineState
 from kvm.x86 import msrs
 from kvm.x86.structs import (
@@ -70,17 +74,39 @@ def states(a: MachineState, b: MachineState) -> Iterator[Difference]:
         yield from _compare(f"device {name}", _by_byte(a.devices.get(name)), _by_byte(b.devices.get(name)))
 
 
-def memory(a: Contents, b: Contents, size: int) -> Iterator[Bytes]:
-    """Runs of differing bytes, ascending, of two machines with ``size`` bytes of RAM each."""
+def memory(
+    a: Contents,
+    b: Contents,
+    size: int,
+    *,
+    progress: Progress = lambda done, total: None,
+    cancel: threading.Event | None = None,
+) -> Iterator[Bytes]:
+    """Runs of differing bytes, ascending, of two machines with ``size`` bytes of RAM each. Raises SnapshotCancelled.
+
+    ``progress`` is told of the bytes that had to be compared: not those which both have from the same page.
+    """
     rooms = np.empty((2, _BATCH, PAGE_SIZE), np.uint8)
-    pages = np.flatnonzero((a.index != 0) | (b.index != 0)).astype(np.int64)
+    pages = np.flatnonzero(~_same(a, b)).astype(np.int64)
     for first in range(0, len(pages), _BATCH):
+        if cancel is not None and cancel.is_set():
+            raise SnapshotCancelled("The comparison was called off.")
         here = pages[first : first + _BATCH]
         left, right = a.read(a.index[here], rooms[0]), b.read(b.index[here], rooms[1])
         for row in np.flatnonzero((left.view(np.uint64) != right.view(np.uint64)).any(axis=1)):
             address = page_address(size, int(here[row]))
             for start, stop in _runs(np.flatnonzero(left[row] != right[row])):
                 yield Bytes(address + start, left[row, start:stop].tobytes(), right[row, start:stop].tobytes())
+        progress((first + len(here)) * PAGE_SIZE, len(pages) * PAGE_SIZE)
+
+
+def _same(a: Contents, b: Contents) -> NDArray[np.bool_]:
+    """Which pages are one and the same: zero pages, and those of the same number in a source that both have."""
+    same: NDArray[np.bool_] = a.index == b.index
+    shared = [number for number, pages in a.sources.items() if b.sources.get(number) is pages]
+    if len(shared) < len(a.sources):
+        same &= np.isin(a.index >> SOURCE_SHIFT, shared) | (a.index == ZERO)
+    return same
 
 
 def _at(state: MachineState, index: int) -> Mapping[str, bytes]:

@@ -98,7 +98,7 @@ class MachineFiles:
     ) -> Written:
         """Write the file; it's what the next incremental one builds on, if this succeeds. Raises SnapshotError.
 
-        ``snapshot``'s index is held until then. ``lock`` is the machine's, taken only for that.
+        ``snapshot``'s index is held by the caller until then. ``lock`` is the machine's, taken only for that.
         """
         index, delta = snapshot.contents.index, None
         rom = xxhash.xxh3_128_digest(snapshot.rom)
@@ -110,18 +110,12 @@ class MachineFiles:
             with lock:
                 self.check_target(path, incremental=parent is not None)
 
-        done = False
-        try:
-            written = write(path, snapshot, delta=delta, progress=progress, cancel=cancel, check=still_allowed)
-            done = True
-        finally:
-            with lock:
-                if done:
-                    keys = (*(parent.keys if parent else ()), written.key)
-                    names = (*(parent.identities if parent else ()), written.identity)
-                    real = os.path.realpath(path)
-                    self._build_on(Saved(real, written.identity, index, keys, names, snapshot.image, rom))
-                self._pages.release(index)
+        written = write(path, snapshot, delta=delta, progress=progress, cancel=cancel, check=still_allowed)
+        with lock:
+            keys = (*(parent.keys if parent else ()), written.key)
+            names = (*(parent.identities if parent else ()), written.identity)
+            real = os.path.realpath(path)
+            self._build_on(Saved(real, written.identity, index, keys, names, snapshot.image, rom))
         return written
 
     def fit(
