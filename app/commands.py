@@ -9,7 +9,10 @@ from textual.binding import Binding
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One action. ``keys`` as Textual names them; F-keys work while the console has the keyboard, too."""
+    """One action. ``keys`` as Textual names them; F-keys work while the console has the keyboard, too.
+
+    ``action`` is the app's ("app.run") or the desk's ("screen.zoom").
+    """
 
     id: str
     keys: str
@@ -19,48 +22,78 @@ class Command:
     footer: bool = True
     button: bool = False
 
+    @property
+    def name(self) -> str:
+        """The action without its place and parameters, as ``check_action`` is asked."""
+        return self.action.partition("(")[0].partition(".")[2]
+
 
 COMMANDS = (
-    Command("machine.run", "space,f5", "run", "Run", "Let the guest run on", button=True),
-    Command("machine.pause", "space,f5", "pause", "Pause", "Stop every VCPU where it is", button=True),
-    Command("machine.step", "s,f6", "step", "Step", "One instruction on the selected VCPU", button=True),
-    Command("machine.edit", "e", "edit", "Edit", "Set a register of the selected VCPU", button=True),
-    Command("machine.step_all", "S", "step_all", "Step all", "One instruction on every VCPU", footer=False),
+    Command("machine.run", "space,f5", "app.run", "Run", "Let the guest run on", button=True),
+    Command("machine.pause", "space,f5", "app.pause", "Pause", "Stop every VCPU where it is", button=True),
+    Command("machine.step", "s,f6", "app.step", "Step", "One instruction on the selected VCPU", button=True),
+    Command("machine.edit", "e", "app.edit", "Edit", "Set a register of the selected VCPU", button=True),
+    Command("machine.step_all", "S", "app.step_all", "Step all", "One instruction on every VCPU", footer=False),
     Command(
-        "machine.checkpoint", "c,f8", "checkpoint", "Checkpoint", "Keep the whole machine as it is now", button=True
+        "machine.checkpoint", "c,f8", "app.checkpoint", "Checkpoint", "Keep the whole machine as it is now", button=True
     ),
     Command(
-        "machine.checkpoint_as", "C", "checkpoint_as", "Checkpoint as", "Type a name, then keep the machine",
+        "machine.checkpoint_as", "C", "app.checkpoint_as", "Checkpoint as", "Type a name, then keep the machine",
         footer=False,
     ),
     Command(
-        "machine.restore", "b,f9", "restore", "Back", "Go back to the checkpoint that the machine came from",
+        "machine.restore", "b,f9", "app.restore", "Back", "Go back to the checkpoint that the machine came from",
         button=True,
     ),
     Command(
-        "machine.reset", "r", "reset", "Reset", "Reset the machine, at once; only a checkpoint takes it back",
+        "machine.reset", "r", "app.reset", "Reset", "Reset the machine, at once; only a checkpoint takes it back",
         button=True,
     ),
-    Command("vcpu.next", "j,down,right_square_bracket", "select(1)", "Next VCPU", "Select the next VCPU", footer=False),
     Command(
-        "vcpu.previous", "k,up,left_square_bracket", "select(-1)", "Previous VCPU", "Select the previous VCPU",
+        "machine.save", "w", "app.save", "Save", "Write the machine to a file; the guest runs on", footer=False,
+        button=True,
+    ),
+    Command(
+        "machine.save_changes", "W", "app.save_changes", "Save changes", "Only what changed since the last file",
         footer=False,
     ),
-    Command("show.vcpus", "escape", "focus_pane('vcpus')", "VCPUs", "Back to the VCPUs", footer=False),
-    Command("show.console", "f2", "focus_pane('console')", "Type", "Type at the guest; F2 again leaves"),
-    Command("show.zoom", "z,f7", "zoom", "Zoom", "The whole terminal for the pane that has the keyboard", footer=False),
-    Command("show.source", "o", "source", "Other output", "Serial line or debug console", footer=False),
-    Command("show.ledger", "f3", "focus_pane('ledger')", "Ledger", "What the hooks moved", footer=False),
     Command(
-        "show.checkpoints", "f4", "focus_pane('checkpoints')", "Checkpoints", "Choose a checkpoint to go back to",
+        "machine.load", "l", "app.load", "Load", "Become the machine in a snapshot file", footer=False, button=True
+    ),
+    Command("machine.call_off", "escape", "app.call_off", "Call off", "End a save, load or diff early", footer=False),
+    Command(
+        "vcpu.next", "j,down,right_square_bracket", "screen.select(1)", "Next VCPU", "Select the next VCPU",
         footer=False,
     ),
-    Command("show.back", "pageup", "scroll_console(1)", "Scroll back", "Older output of the guest", footer=False),
     Command(
-        "show.forward", "pagedown", "scroll_console(-1)", "Scroll forward", "Newer output of the guest", footer=False
+        "vcpu.previous", "k,up,left_square_bracket", "screen.select(-1)", "Previous VCPU", "Select the previous VCPU",
+        footer=False,
     ),
-    Command("app.help", "question_mark,f1", "help", "Help", "All keys", button=True),
-    Command("app.leave", "q,ctrl+c", "leave", "Quit", "End the guest and leave", button=True),
+    Command("show.vcpus", "escape", "screen.focus_pane('vcpus')", "VCPUs", "Back to the VCPUs", footer=False),
+    Command("show.console", "f2", "screen.focus_pane('console')", "Type", "Type at the guest; F2 again leaves"),
+    Command(
+        "show.zoom", "z,f7", "screen.zoom", "Zoom", "The whole terminal for the pane that has the keyboard",
+        footer=False,
+    ),
+    Command("show.source", "o", "screen.source", "Other output", "Serial line or debug console", footer=False),
+    Command(
+        "show.contract", "t", "app.contract", "Contract", "The table of substates: what moves, when and why",
+        footer=False,
+    ),
+    Command("show.ledger", "f3", "screen.focus_pane('ledger')", "Ledger", "What the hooks moved", footer=False),
+    Command(
+        "show.snapshots", "f4", "screen.focus_pane('snapshots')", "Snapshots",
+        "Go back to one, name it, compare it, delete it", footer=False,
+    ),
+    Command(
+        "show.back", "pageup", "screen.scroll_console(1)", "Scroll back", "Older output of the guest", footer=False
+    ),
+    Command(
+        "show.forward", "pagedown", "screen.scroll_console(-1)", "Scroll forward", "Newer output of the guest",
+        footer=False,
+    ),
+    Command("app.help", "question_mark,f1", "app.help", "Help", "All keys", button=True),
+    Command("app.leave", "q,ctrl+c", "app.leave", "Quit", "End the guest and leave", button=True),
 )  # fmt: skip
 
 BINDINGS = [

@@ -9,11 +9,14 @@ from kvm.x86 import registers
 from kvm.x86.structs import Regs, Sregs
 from widgets.line_pane import cut
 
-WORDS = tuple(f"{name}=" for name in registers.WIDTHS)
-"""What Tab completes to."""
 SHOWN_NAMES = 12
 LONGEST = 32
 """Of what was typed, an error quotes so much."""
+
+
+def words(text: str) -> list[str]:
+    """What Tab completes this to."""
+    return [f"{name}=" for name in registers.WIDTHS if f"{name}=".startswith(text.lower())]
 
 
 def parse(text: str) -> tuple[str, int]:

@@ -84,7 +84,7 @@ class Machine:
         for port, size in self.board.coalesced_ports:
             self._vm.coalesce(port, size)
         self.table = vcpu_table(caps, self.system.msr_list())
-        self._chips = Chips(self._vm, caps)
+        self.chips = Chips(self._vm, caps)
         control = step_control(caps["KVM_CAP_SET_GUEST_DEBUG2"])
         for index in range(self.config.vcpus):
             fd = self._vm.create_vcpu(index)
@@ -199,7 +199,7 @@ class Machine:
             self._forget_reasons()
             with self._all_or_stopped("reset"):
                 self.board.reset()
-                self._chips.put(self._chips.fresh, WritebackLevel.RESET)
+                self.chips.put(self.chips.fresh, WritebackLevel.RESET)
                 self._load_image()
                 self._reset_copies()
                 sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
@@ -220,7 +220,7 @@ class Machine:
         then STOPPED, its copies still hold the state, and another load or a reset mends it.
         """
         with self._operation("load"):
-            check(state, self.table, self._chips.rows, len(self.vcpus))
+            check(state, self.table, self.chips.rows, len(self.vcpus))
             self._pause_for("load")
             self._load(state)
             self._set_status(Status(Phase.PAUSED, "loaded"))
@@ -346,7 +346,7 @@ class Machine:
                 shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
                          "bytes of ROM": len(self.image.rom)}  # fmt: skip
                 state, losses = self.files.fit(
-                    chain, shape, self.table, self._chips.rows, (self._fresh, self._chips.fresh),
+                    chain, shape, self.table, self.chips.rows, (self._fresh, self.chips.fresh),
                     ran=self._ran, drop=drop,
                 )  # fmt: skip
                 mapped = self.files.map(chain)
@@ -575,7 +575,7 @@ class Machine:
     def _save(self, skew_us: float) -> MachineState:
         """All stand: devices first, so that what they still owe a VCPU is in its state."""
         devices = self.board.save()
-        machine = self._chips.get()
+        machine = self.chips.get()
         sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us)
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
 
@@ -589,7 +589,7 @@ class Machine:
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
-            self._chips.put(state.machine, WritebackLevel.FULL)
+            self.chips.put(state.machine, WritebackLevel.FULL)
             sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
 
     def _forget_reasons(self) -> None:

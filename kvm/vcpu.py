@@ -249,6 +249,16 @@ class Vcpu:
         """Does a row that KVM can't read back differ from what the kernel was last given?"""
         return any(self.known.get(name) != self.copy[name] for name in self.table.ours)
 
+    def pending(self) -> tuple[str, ...]:
+        """What goes back to the kernel before the VCPU runs on, in put order. Any thread; a glance, not a promise."""
+        return tuple(
+            row.name
+            for row in self.table.put_order
+            if row.level is WritebackLevel.RUNTIME
+            and (self.dirty or row.get is None)
+            and self.known.get(row.name) != self.copy[row.name]
+        )
+
     def gave_back(self, written: tuple[str, ...], level: WritebackLevel) -> None:
         """The kernel now holds these rows of the copy; what it holds is also what there is to see until it runs on."""
         self.known.update((name, self.copy[name]) for name in written)

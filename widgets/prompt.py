@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,12 +19,12 @@ REMEMBERED = 50
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked: ``purpose`` comes back with the answer, ``words`` are what Tab completes to."""
+    """What is asked: ``purpose`` comes back with the answer, ``words`` tells what Tab can complete this text to."""
 
     purpose: str
     title: str
     text: str = ""
-    words: tuple[str, ...] = ()
+    words: Callable[[str], Sequence[str]] | None = None
 
 
 class PromptInput(Input):
@@ -138,8 +139,7 @@ class Prompt(Vertical):
 
     def action_complete(self) -> None:
         """As far as all words that begin like this go on alike."""
-        text = self.input.value.lstrip()
-        found = [word for word in self.question.words if word.startswith(text.lower())]
+        found = self.question.words(self.input.value.lstrip()) if self.question.words else ()
         if found and self.input.cursor_position == len(self.input.value):
             first, last = min(found), max(found)
             differ = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
@@ -157,7 +157,7 @@ class Prompt(Vertical):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "complete":
-            return bool(self.question.words)
+            return self.question.words is not None
         if action == "recall":
             return bool(self._earlier.get(self.question.purpose))
         return True

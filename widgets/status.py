@@ -50,7 +50,7 @@ class StatusLine(LinePane):
         if values.error:
             left.append((f" {cut(values.error, max(width - width_of(left) - 3, 0))}", "bad"))
         elif values.busy:
-            left.append((f" {values.busy} …", "accent"))
+            left.append((f" {values.busy}", "accent"))
         elif values.reason and values.reason != values.phase:
             left.append((f" {cut(values.reason, max(width // 2, 20))}", style))
         return [bar(left, [[(fact, "label")] for fact in values.facts], width)]

@@ -241,16 +241,22 @@ def rewrite(
     return write(path, chain.snapshot(name, note), progress=progress, cancel=cancel)
 
 
-def relabel(path: StrPath, name: str, note: str) -> Written:
+def relabel(
+    path: StrPath,
+    name: str,
+    note: str,
+    progress: Progress = lambda done, total: None,
+    cancel: threading.Event | None = None,
+) -> Written:
     """Give a snapshot file another name and note. It stays the same snapshot: its children still find it.
 
-    Raises SnapshotError, the file as it was.
+    Raises SnapshotError, SnapshotCancelled, the file as it was.
     """
     with open_chain(path) as chain:
         head = chain.head
         if head.parent is None:
-            return rewrite(chain, path, name, note, lambda done, total: None, None)
-        chain.verify()
+            return rewrite(chain, path, name, note, progress, cancel)
+        chain.verify(progress, cancel)
         pages = [
             np.arange(page, page + extent.size // PAGE_SIZE)
             for extent in head.extents

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvm.backends.interface import PAGE_SIZE
 from kvm.errors import SnapshotCancelled
 from kvm.snapshot.chain import page_address
-from kvm.snapshot.contents import SOURCE_SHIFT, ZERO, Contents, Index
+from kvm.snapshot.contents import SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 from kvm.snapshot.file import Progress
 from kvm.snapshot.state import MachineState
 from kvm.x86 import msrs
@@ -63,6 +63,25 @@ class Bytes:
     b: bytes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """A page that differs, at a guest-physical address; ``a`` and ``b`` are good until the next one is asked for."""
+
+    address: int
+    a: PageArray
+    b: PageArray
+
+    @property
+    def count(self) -> int:
+        """Of bytes that differ."""
+        return int(np.count_nonzero(self.a != self.b))
+
+    def runs(self) -> Iterator[Bytes]:
+        """Its differing bytes."""
+        for start, stop in _runs(np.flatnonzero(self.a != self.b)):
+            yield Bytes(self.address + start, self.a[start:stop].tobytes(), self.b[start:stop].tobytes())
+
+
 def states(a: MachineState, b: MachineState) -> Iterator[Difference]:
     """Registers by VCPU and field, the machine's chips and clock, and devices by byte."""
     for index in range(max(len(a.vcpus), len(b.vcpus))):
@@ -74,30 +93,34 @@ def states(a: MachineState, b: MachineState) -> Iterator[Difference]:
         yield from _compare(f"device {name}", _by_byte(a.devices.get(name)), _by_byte(b.devices.get(name)))
 
 
-def memory(
+def memory(a: Contents, b: Contents, size: int) -> Iterator[Bytes]:
+    """Runs of differing bytes, ascending, of two machines with ``size`` bytes of RAM each."""
+    for page in pages(a, b, size):
+        yield from page.runs()
+
+
+def pages(
     a: Contents,
     b: Contents,
     size: int,
     *,
     progress: Progress = lambda done, total: None,
     cancel: threading.Event | None = None,
-) -> Iterator[Bytes]:
-    """Runs of differing bytes, ascending, of two machines with ``size`` bytes of RAM each. Raises SnapshotCancelled.
+) -> Iterator[Page]:
+    """The pages that differ, ascending. Raises SnapshotCancelled.
 
     ``progress`` is told of the bytes that had to be compared: not those which both have from the same page.
     """
     rooms = np.empty((2, _BATCH, PAGE_SIZE), np.uint8)
-    pages = np.flatnonzero(~_same(a, b)).astype(np.int64)
-    for first in range(0, len(pages), _BATCH):
+    numbers = np.flatnonzero(~_same(a, b)).astype(np.int64)
+    for first in range(0, len(numbers), _BATCH):
         if cancel is not None and cancel.is_set():
             raise SnapshotCancelled("The comparison was called off.")
-        here = pages[first : first + _BATCH]
+        here = numbers[first : first + _BATCH]
         left, right = a.read(a.index[here], rooms[0]), b.read(b.index[here], rooms[1])
         for row in np.flatnonzero((left.view(np.uint64) != right.view(np.uint64)).any(axis=1)):
-            address = page_address(size, int(here[row]))
-            for start, stop in _runs(np.flatnonzero(left[row] != right[row])):
-                yield Bytes(address + start, left[row, start:stop].tobytes(), right[row, start:stop].tobytes())
-        progress((first + len(here)) * PAGE_SIZE, len(pages) * PAGE_SIZE)
+            yield Page(page_address(size, int(here[row])), left[row], right[row])
+        progress((first + len(here)) * PAGE_SIZE, len(numbers) * PAGE_SIZE)
 
 
 def _same(a: Contents, b: Contents) -> NDArray[np.bool_]:

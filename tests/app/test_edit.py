@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.edit import WORDS, help_line, parse
+from app.edit import help_line, parse, words
 from kvm.errors import ConfigError
 from kvm.x86.registers import WIDTHS
 from tests.widgets.hosts import regs, sregs
@@ -78,5 +78,5 @@ def test_help_says_that_the_guest_will_be_paused_and_what_is_not_known() -> None
 
 @pytest.mark.parametrize("register", WIDTHS)
 def test_every_register_has_a_value_to_show(register: str) -> None:
-    assert f"{register}=" in WORDS
+    assert f"{register}=" in words(register)
     assert "→" in help_line(f"{register}=1", regs(), sregs(), running=False)

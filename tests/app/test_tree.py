@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from app.ledger_rows import ledger_rows
@@ -13,8 +11,8 @@ from kvm.levels import WritebackLevel
 
 
 def drawn(*pairs: tuple[int, int | None], deleted: tuple[int, ...] = ()) -> list[str]:
-    kept = [SimpleNamespace(number=number, parent=parent) for number, parent in pairs if number not in deleted]
-    return [f"{branch}{checkpoint.number}" for branch, checkpoint in tree(kept, dict(pairs))]  # type: ignore[arg-type]
+    left = {number: parent for number, parent in pairs if number not in deleted}
+    return [f"{branch}{number}" for branch, number in tree(left, dict(pairs))]
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from kvm.backends.interface import System
 from kvm.boot import loader
 from kvm.machine import Machine, MachineConfig, Phase
 from tests.app import guests
-from widgets.checkpoints import CheckpointsPane
 from widgets.console import ConsolePane
 from widgets.ledger import LedgerPane
 from widgets.line_pane import LinePane
 from widgets.prompt import Prompt
+from widgets.snapshots import SnapshotsPane
 from widgets.status import Banner, StatusLine
 from widgets.vcpu_area import VcpuArea
 from widgets.vcpu_list import VcpuList
@@ -77,7 +77,7 @@ class Desk:
     async def idle(self) -> None:
         """Until all operations are over and drawn."""
         await self.pilot.pause()
-        await self.until(lambda: not self.app._busy and not self.app._waiting)
+        await self.until(lambda: self.app.operations.shown is None and self.app.operations.idle)
         await self.pilot.pause()
 
     async def press(self, *keys: str) -> None:
@@ -150,6 +150,7 @@ async def test_the_first_frame_says_what_runs_who_owns_it_and_which_keys_there_a
         assert "0000:7c00  " in at.pane()
         assert "inc eax" in at.pane()
         assert at.app.theme == "vmdeck"
+        await at.until(lambda: "Run" in at.footer)
         for word in ("Run", "Step", "Edit", "Checkpoint", "Reset", "Type", "Help", "Quit"):
             assert at.footer[word], at.footer
         assert at.footer["Back"] is False
@@ -199,7 +200,7 @@ async def test_keys_pressed_faster_than_the_machine_works_are_done_in_their_orde
 async def test_checkpoint_and_back(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
         await at.press("s", "c")
-        await at.until(lambda: "●╶ 1 checkpoint 1" in at.text(CheckpointsPane))
+        await at.until(lambda: "●╶ 1 checkpoint 1" in at.text(SnapshotsPane))
         await at.until(lambda: at.footer.get("Back") is True)
         await at.press("s", "s", "s")
         await at.press("b")
@@ -212,20 +213,20 @@ async def test_checkpoint_and_back(desk) -> None:  # type: ignore[no-untyped-def
 async def test_the_tree_of_checkpoints(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
         await at.press("c", "s", "c", "f4")
-        assert at.app.focused.id == "checkpoints"
+        assert at.app.focused.id == "snapshots"
         await at.press("up", "enter")
         assert at.rip() == 0x7C00
         assert at.machine.came_from == 1
         await at.press("s", "c")
-        await at.until(lambda: "●└ 3" in at.text(CheckpointsPane))
-        rows = at.text(CheckpointsPane).splitlines()
+        await at.until(lambda: "●└ 3" in at.text(SnapshotsPane))
+        rows = at.text(SnapshotsPane).splitlines()
         assert [row[1:5] for row in rows if "checkpoint " in row] == [" ┌ 1", " ├ 2", "●└ 3"]
         await at.press("n")
         await at.press("ctrl+u", *"crash", "enter")
-        assert at.app.focused.id == "checkpoints"
+        assert at.app.focused.id == "snapshots"
         await at.press("N")
         await at.press(*"why", "enter")
-        await at.until(lambda: "└ 3 crash – why" in at.text(CheckpointsPane))
+        await at.until(lambda: "└ 3 crash – why" in at.text(SnapshotsPane))
         await at.press("n")
         await at.press("ctrl+u", "enter")
         await at.press("N")
@@ -233,9 +234,9 @@ async def test_the_tree_of_checkpoints(desk) -> None:  # type: ignore[no-untyped
         kept = at.machine.checkpoints[-1]
         assert (kept.name, kept.note) == ("crash", ""), "a name can't be empty, a note can"
         await at.press("up", "up", "x")
-        await at.until(lambda: "checkpoint 1" not in at.text(CheckpointsPane))
+        await at.until(lambda: "checkpoint 1" not in at.text(SnapshotsPane))
         await at.press("delete")
-        await at.until(lambda: "╶ 3 crash" in at.text(CheckpointsPane))
+        await at.until(lambda: "╶ 3 crash" in at.text(SnapshotsPane))
         assert [kept.number for kept in at.machine.checkpoints] == [3]
         await at.press("f4")
         assert at.app.focused.id == "vcpus"
@@ -289,7 +290,7 @@ async def test_a_register_is_edited(desk) -> None:  # type: ignore[no-untyped-de
         assert int.from_bytes(at.machine.view(1).regs[8:16], "little") == 99
         await at.press("e")
         await at.press(*"ri", "tab", *"0x7c00", "escape", "j")
-        assert at.app.selected == 0
+        assert at.app.desk.selected == 0
         await at.press("e")
         await at.press("f2")
         assert not prompt.display, "it goes with the keyboard"
@@ -328,12 +329,12 @@ async def test_keys_that_come_at_once_go_where_they_belong(desk, keys) -> None: 
 async def test_zoom_gives_the_whole_terminal_to_the_pane_with_the_keyboard(desk, size) -> None:  # type: ignore[no-untyped-def]
     columns, rows = size
     async with desk(COUNT, vcpus=4, size=size) as at:
-        panes = {name: at.app.query_one(f"#{name}") for name in ("vcpus", "console", "ledger", "checkpoints")}
+        panes = {name: at.app.query_one(f"#{name}") for name in ("vcpus", "console", "ledger", "snapshots")}
         before = {name: (pane.region, pane.display) for name, pane in panes.items()}
         await at.press("z")
         for name in ("CS", "DS", "ES", "FS", "GS", "SS", "TR", "LDT", "GDT", "IDT", "CR4", "EFER", "CR8", "CR2", "CR3"):
             assert f"{name} " in at.pane()
-        for key, name in (("f3", "ledger"), ("f4", "checkpoints"), ("f2", "console")):
+        for key, name in (("f3", "ledger"), ("f4", "snapshots"), ("f2", "console")):
             await at.press(key)
             await at.until(lambda name=name: panes[name].region.size == (columns, rows - (3 if columns == 80 else 2)))
             assert at.app.focused is panes[name]
@@ -342,14 +343,15 @@ async def test_zoom_gives_the_whole_terminal_to_the_pane_with_the_keyboard(desk,
 
 
 KEYS = (
-    *(key for command in COMMANDS for key in command.keys.split(",") if command.action != "leave"),
+    *(key for command in COMMANDS for key in command.keys.split(",") if command.name != "leave"),
     *"rax=0x10, cs.b nNxX 9", "enter", "enter", "escape", "escape", "tab", "shift+tab", "backspace", "delete", "home",
     "end", "left", "right", "ctrl+u", "ctrl+a", "ctrl+right_square_bracket", "f12", "alt+x", "ctrl+z",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 30))])
-async def test_whatever_keys_come_the_app_lives_and_obeys(desk, seed) -> None:  # type: ignore[no-untyped-def]
+async def test_whatever_keys_come_the_app_lives_and_obeys(desk, seed, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)  # among other things they save files
     random = Random(seed)
     async with desk(guests.ECHO, vcpus=3, size=(80, 24)) as at:
         for size in [*SIZES, (60, 16), (30, 8), (100, 30)]:
@@ -364,7 +366,7 @@ async def test_whatever_keys_come_the_app_lives_and_obeys(desk, seed) -> None:  
             assert "bug in vmdeck" not in at.text(StatusLine)
             assert at.phase in (Phase.RUNNING, Phase.PAUSED)
         await at.press("escape", "escape")
-        while at.app.screen is not at.app._main:
+        while at.app.screen is not at.app.desk:
             await at.press("escape")
         if at.app.focused.id == "console":
             await at.press("f2")
@@ -456,7 +458,7 @@ async def test_a_flood_of_output_is_taken_in_bites_to_its_end(desk) -> None:  # 
         await at.until(lambda: at.phase is Phase.EXITED)
         written = at.machine.board.serial_console.total
         assert written == guests.FLOOD_BYTES
-        await at.until(lambda: at.app._positions[0] == written)
+        await at.until(lambda: at.app.desk._positions[0] == written)
         assert "xxxx" in at.text(ConsolePane)
 
 
@@ -476,12 +478,12 @@ async def test_keys_and_clicks_select_among_16_vcpus(desk, size) -> None:  # typ
     async with desk(COUNT, vcpus=16, size=size) as at:
         assert "16 VCPUs" in at.text(VcpuList)
         await at.press("j", "down", "right_square_bracket")
-        assert at.app.selected == 3
+        assert at.app.desk.selected == 3
         await at.press("k", "up", "left_square_bracket", "up")
-        assert at.app.selected == 15
+        assert at.app.desk.selected == 15
         assert any("VCPU 15" in at.pane(n) for n in range(len(at.app.query_one(VcpuArea).panes)))
         await at.pilot.click(VcpuList, offset=(5, 2))
-        assert at.app.selected == 1
+        assert at.app.desk.selected == 1
         await at.press("S")
         assert at.rip(0) == 0x7C02
 
@@ -489,7 +491,7 @@ async def test_keys_and_clicks_select_among_16_vcpus(desk, size) -> None:  # typ
 async def test_a_click_on_a_pane_selects_it(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
         await at.pilot.click(at.app.query_one(VcpuArea).panes[1], offset=(5, 3))
-        assert at.app.selected == 1
+        assert at.app.desk.selected == 1
 
 
 async def test_tab_goes_round_but_not_into_the_console(desk) -> None:  # type: ignore[no-untyped-def]
@@ -498,9 +500,9 @@ async def test_tab_goes_round_but_not_into_the_console(desk) -> None:  # type: i
         for _ in range(3):
             await at.press("tab")
             seen.append(at.app.focused.id)
-        assert seen == ["ledger", "checkpoints", "vcpus"]
+        assert seen == ["ledger", "snapshots", "vcpus"]
         await at.press("shift+tab")
-        assert at.app.focused.id == "checkpoints"
+        assert at.app.focused.id == "snapshots"
         await at.press("escape", "f3")
         assert at.app.query_one(LedgerPane).display
         assert not at.app.query_one(ConsolePane).display
@@ -622,7 +624,7 @@ async def test_the_palette_has_every_command_that_works_now(desk) -> None:  # ty
         palette = at.app.screen
         palette.dismiss()
         palette.dismiss()
-        await at.until(lambda: at.app.screen is at.app._main)
+        await at.until(lambda: at.app.screen is at.app.desk)
         await at.press("s")
 
 
@@ -630,4 +632,5 @@ def test_every_command_has_its_own_id_and_keys() -> None:
     ids = [command.id for command in COMMANDS]
     assert len(set(ids)) == len(ids)
     keys = [key for command in COMMANDS for key in command.keys.split(",")]
-    assert {key for key in keys if keys.count(key) > 1} == {"space", "f5"}, "run and pause are never there together"
+    twice = {key for key in keys if keys.count(key) > 1}
+    assert twice == {"space", "f5", "escape"}, "run and pause, and what escape is for, are never there together"

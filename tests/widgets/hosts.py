@@ -8,9 +8,9 @@ from textual.app import App, ComposeResult
 from textual.widget import Widget
 
 from kvm.x86.structs import Regs, Sregs
-from widgets.checkpoints import CheckpointsPane
 from widgets.console import ConsolePane
 from widgets.line_pane import Line
+from widgets.snapshots import SnapshotsPane
 from widgets.vcpu_pane import VcpuPane
 
 
@@ -36,8 +36,8 @@ class Host(App[None]):
     def on_console_pane_left(self) -> None:
         self.heard.append("left")
 
-    def on_checkpoints_pane_chosen(self, message: CheckpointsPane.Chosen) -> None:
-        self.heard.append((message.what, message.number))
+    def on_snapshots_pane_chosen(self, message: SnapshotsPane.Chosen) -> None:
+        self.heard.append((message.what, message.key, message.marked))
 
 
 def text(lines: Sequence[Line]) -> list[str]:

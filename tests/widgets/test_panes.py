@@ -8,10 +8,11 @@ import pytest
 from textual import events
 
 from tests.widgets.hosts import Host
-from widgets.checkpoints import CheckpointEntry, CheckpointsPane, ago
 from widgets.console import ConsolePane, guest_bytes
 from widgets.ledger import LedgerEntry, LedgerPane, duration
 from widgets.line_pane import LinePane, bar, cut
+from widgets.lines import LinesPane
+from widgets.snapshots import SnapshotEntry, SnapshotsPane, ago, amount
 from widgets.status import Banner, StatusLine, StatusValues, TooSmall
 
 
@@ -150,62 +151,120 @@ def test_ages(seconds: int, text: str) -> None:
     assert ago(seconds) == text
 
 
-async def test_checkpoints_are_chosen_with_cursor_and_keys() -> None:
-    pane = CheckpointsPane()
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "   0 K"), (1, "   1 K"), (44 << 10, "  44 K"), (1000 << 10, " 1.0 M"), (31 << 20, "31.0 M"),
+     (400 << 20, " 400 M"), (8 << 30, " 8.0 G"), (1 << 60, "  lots")],
+)  # fmt: skip
+def test_amounts_take_six_cells(size: int, text: str) -> None:
+    assert amount(size) == text
+
+
+def kept(number: int, name: str = "", **more: object) -> SnapshotEntry:
+    given = {"name": name or f"checkpoint {number}", "age": 5, "size": 40960, "rips": (0x1000 + number,), **more}
+    return SnapshotEntry(number, str(number), **given)  # type: ignore[arg-type]
+
+
+async def test_snapshots_are_chosen_with_cursor_and_keys() -> None:
+    pane = SnapshotsPane()
     host = Host(pane)
     async with host.run_test(size=(80, 6)) as pilot:
-        await pilot.press("enter", "delete")
+        await pilot.press("enter", "delete", "d", "m")
         assert host.heard == []
         assert "None yet" in body(pane)
-        three = [CheckpointEntry(n, f"checkpoint {n}", 5, 10, 0x1000 + n, "│") for n in (1, 2, 3)]
+        three = [kept(n, branch="│") for n in (1, 2, 3)]
         pane.show(three)
-        for key in ("enter", "up", "enter", "k", "k", "delete", "j", "down", "x", "n", "N"):
+        for key in ("enter", "up", "enter", "k", "k", "delete", "j", "down", "x", "n", "N", "d"):
             await pilot.press(key)
         assert host.heard == [
-            ("restore", 3), ("restore", 2), ("forget", 1), ("forget", 3), ("name", 3), ("note", 3),
+            (what, number, None)
+            for what, number in (("restore", 3), ("restore", 2), ("forget", 1), ("forget", 3), ("name", 3), ("note", 3),
+                                 ("compare", 3))
         ]  # fmt: skip
         host.heard.clear()
         await pilot.press("up")
-        pane.show([replace(each, age=6) for each in three if each.number != 3])
+        pane.show([replace(each, age=6) for each in three if each.key != 3])
         await pilot.press("enter")
-        assert host.heard == [("restore", 2)]
+        assert host.heard == [("restore", 2, None)]
         # A branch off 1 stands above 2, and the cursor goes to what is new.
-        pane.show([three[0], CheckpointEntry(4, "new", 0, 1, None, "├"), three[1]])
+        pane.show([three[0], kept(4, "new", branch="├"), three[1]])
         await pilot.press("enter")
-        assert host.heard[-1] == ("restore", 4)
-        await pilot.click(CheckpointsPane, offset=(10, 4))
+        assert host.heard[-1] == ("restore", 4, None)
+        await pilot.click(SnapshotsPane, offset=(10, 4))
         await pilot.press("enter")
-        assert host.heard[-1] == ("restore", 2)
-        await pilot.click(CheckpointsPane, offset=(10, 2), times=2)
-        assert host.heard[-1] == ("restore", 1)
+        assert host.heard[-1] == ("restore", 2, None)
+        await pilot.click(SnapshotsPane, offset=(10, 2), times=2)
+        assert host.heard[-1] == ("restore", 1, None)
+
+
+async def test_a_marked_snapshot_is_what_others_are_compared_with() -> None:
+    pane = SnapshotsPane()
+    host = Host(pane)
+    async with host.run_test(size=(80, 6)) as pilot:
+        pane.show([kept(1), replace(kept(2), key="/tmp/file", sign="▤")])
+        await pilot.press("m", "d", "up", "d")
+        assert host.heard == [("compare", "/tmp/file", None), ("compare", 1, "/tmp/file")]
+        assert "◆" in pane.line_text(3)
+        await pilot.press("down", "m", "up", "d")
+        assert host.heard[-1] == ("compare", 1, None)
+        await pilot.press("m")
+        pane.show([replace(kept(2), key="/tmp/file")])
+        await pilot.press("d")
+        assert host.heard[-1] == ("compare", "/tmp/file", None), "the marked one is gone"
 
 
 @pytest.mark.parametrize("width", [38, 60, 120])
-async def test_a_checkpoint_says_name_note_age_and_pages_in_columns(width: int) -> None:
-    pane = CheckpointsPane()
-    async with Host(pane).run_test(size=(width, 6)):
+async def test_a_snapshot_says_name_note_age_and_size_in_columns(width: int) -> None:
+    pane = SnapshotsPane()
+    async with Host(pane).run_test(size=(width, 9)):
+        long = "a name that is far too long for so narrow a pane" * 2
         pane.show(
             [
-                CheckpointEntry(1, "boot", 7300, 123456, 0xFFF0, "┌", "before paging is on"),
-                CheckpointEntry(20, "a name that is far too long for so narrow a pane" * 2, 5, 1, 0, "╵", current=True),
+                kept(1, "boot", age=7300, size=500 << 20, rips=(0xFFF0,), branch="┌", note="before paging is on"),
+                kept(20, long, size=4096, rips=tuple(range(0x100000, 0x100010)), branch="╵", current=True),
             ]
         )
-        heading, first, second = (pane.line_text(y) for y in (1, 2, 3))
+        heading, first, second, last = (pane.line_text(y) for y in (1, 2, 3, 8))
         assert first.startswith("  ┌ 1 boot")
         assert second.startswith("▸●╵ 20 a name")
         assert "…" in second
         assert {len(heading), len(first), len(second)} == {width}
         assert first.index("2 h") == second.index("5 s")
+        assert first.index("500 M") == second.index("  4 K")
         assert ("before paging is on" in first) == (width == 120)
         assert ("000000000000fff0" in first) == (width >= 60)
         assert "⏎ back" in pane.line_text(0)
+        assert last.startswith(" RIP  0 100000  1 100001")
+        assert last.endswith(" …")
+        assert len(last) <= width
 
 
 async def test_names_can_hold_no_escape_sequence() -> None:
-    pane = CheckpointsPane()
+    pane = SnapshotsPane()
     async with Host(pane).run_test(size=(80, 6)):
-        pane.show([CheckpointEntry(1, "\x1b]0;evil\x07", 0, 0, 0)])
+        pane.show([kept(1, "\x1b]0;evil\x07")])
         assert all(segment.text.isprintable() for y in range(6) for segment in pane.render_line(y))
+
+
+async def test_lines_scroll_to_their_ends_and_no_further() -> None:
+    pane = LinesPane("Many", [("esc", "close")])
+    async with Host(pane).run_test(size=(60, 11)) as pilot:
+        pane.show([((f"line {number}", "text"),) for number in range(1, 41)])
+        pane.focus()
+        assert "1–10 of 40" in pane.line_text(0)
+        for keys, first in (
+            (["up"], 1),
+            (["j", "down"], 3),
+            (["pagedown"], 12),
+            (["end"], 31),
+            (["k"], 30),
+            (["home"], 1),
+        ):
+            await pilot.press(*keys)
+            assert pane.line_text(1) == f"line {first}"
+        await pilot.press("G")
+        pane.show([(("one", "text"),)], "One")
+        assert (pane.line_text(1), "One" in pane.line_text(0), "of" in pane.line_text(0)) == ("one", True, False)
 
 
 async def test_the_status_line_says_phase_error_and_facts() -> None:
@@ -215,7 +274,7 @@ async def test_the_status_line_says_phase_error_and_facts() -> None:
         line.show(values)
         assert line.line_text(0).split("  ")[0].strip() == "▶ RUNNING"
         assert "demo.elf  kvm  4 VCPUs  128 MiB" in line.line_text(0)
-        line.show(replace(values, phase="paused", busy="checkpoint"))
+        line.show(replace(values, phase="paused", busy="checkpoint …"))
         assert "‖ PAUSED  checkpoint …" in line.line_text(0)
         line.show(replace(values, phase="stopped", error="VCPU 3 did not answer " * 5))
         assert "■ STOPPED  VCPU 3 did not answer" in line.line_text(0)

@@ -221,6 +221,6 @@ class FaultyFd:
 
 def inject(machine: Machine, fault: Fault) -> None:
     """From now on the ioctls of the machine and its VCPUs fail as ``fault`` says, whatever the backend."""
-    machine._vm = machine._chips._vm = FaultyFd(machine._vm, fault)  # type: ignore[assignment]
+    machine._vm = machine.chips._vm = FaultyFd(machine._vm, fault)  # type: ignore[assignment]
     for vcpu in machine.vcpus:
         vcpu.fd = FaultyFd(vcpu.fd, fault)  # type: ignore[assignment]

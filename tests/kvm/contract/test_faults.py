@@ -211,7 +211,7 @@ OPERATIONS = {
 def targets(machine: Machine, operation: Operation) -> list[Call]:
     """Each ioctl that the operation makes, the victim's and the machine's."""
     calls: list[Call] = []
-    chips = machine._chips.rows
+    chips = machine.chips.rows
     reads_chips = operation.do in (save, checkpoint)
     if operation.after_get:
         calls += [(str(row.get), row.name, VICTIM) for row in machine.table.get_order]

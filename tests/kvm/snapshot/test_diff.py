@@ -51,8 +51,10 @@ def test_what_both_have_from_the_same_page_is_not_read(tmp_path: Path) -> None:
         machine.write_memory(2 * MIB, b"\2")
         told: list[tuple[int, int]] = []
         with machine.held() as (_, two), machine.held(first) as (_, one):
-            found = list(diff.memory(one, two, 4 * MIB, progress=lambda done, total: told.append((done, total))))
-        assert found == [diff.Bytes(2 * MIB, b"\1", b"\2")]
+            found = diff.pages(one, two, 4 * MIB, progress=lambda done, total: told.append((done, total)))
+            assert [(page.address, page.count, *page.runs()) for page in found] == [
+                (2 * MIB, 1, diff.Bytes(2 * MIB, b"\1", b"\2"))
+            ]
         assert told == [(4096, 4096)]
 
 
