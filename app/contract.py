@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.screen import ModalScreen
 
 from kvm.ledger import Record
@@ -19,7 +18,7 @@ from widgets.lines import LinesPane
 
 RATE = 4
 """Times a second that it's drawn anew."""
-REASONED = 110
+REASONED = 170
 """Columns from which each row has its reason beside it, not below."""
 _LEVELS = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
 
@@ -74,7 +73,7 @@ def _row(place: str, row: Substate, get: str, last: str, due: bool, width: int) 
         (f"{row.level.name:<8} ", _LEVELS[row.level.name]),
         (f"{cut(last, 40):<40} ", "text"),
     ]
-    why = f"{' '.join(filter(None, (row.get, row.put)))}  {row.why}"
+    why = f"{row.why}  {' '.join(filter(None, (row.get, row.put)))}"
     if width >= REASONED:
         return [(*spans, (cut(why, width - width_of(spans) - 1), "label"))]
     return [tuple(spans), ((cut(f"      {why}", width - 1), "dim"),)]
@@ -94,8 +93,7 @@ class ContractScreen(ModalScreen[None]):
         self._machine, self._vcpu, self._ignored = machine, vcpu, ignored
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="lines-box"):
-            yield LinesPane("", (("[ ]", "VCPU"), ("esc", "close")), id="lines")
+        yield LinesPane("", (("[ ]", "VCPU"), ("esc", "close")), id="lines")
 
     def on_mount(self) -> None:
         self.query_one(LinesPane).focus()

@@ -22,6 +22,7 @@ from app.operations import Operations
 from app.shelf import Shelf
 from app.tree import checkpoint_entries, file_entries, origin
 from kvm.machine import Machine, Phase, Status
+from kvm.quirks import Ignored
 from kvm.x86 import decode
 from kvm.x86.structs import Regs, Sregs
 from widgets.console import ConsolePane
@@ -72,6 +73,8 @@ class Desk(Screen[None]):
         self.shelf = Shelf()
         self.error = ""
         """What went wrong with the last operation, for the status line."""
+        self.ignored: tuple[Ignored, ...] = ()
+        """What the kernel takes and ignores, as far as it's known yet."""
         self._operations = operations
         self._laid_out = False
         self._cells = Size(80, 24)
@@ -248,7 +251,7 @@ class Desk(Screen[None]):
                 reason="" if self.query_one(Banner).content else status.reason,
                 facts=(
                     self.image,
-                    machine.system.name,
+                    " ignores ".join((machine.system.name, *(quirk.what for quirk in self.ignored[:1]))),
                     f"{count} VCPU{'s' if count > 1 else ''}",
                     f"{machine.config.memory >> 20} MiB",
                 ),

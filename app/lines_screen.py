@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
 from textual.screen import ModalScreen
 
 from widgets.line_pane import Line
@@ -30,8 +29,7 @@ class LinesScreen(ModalScreen[bool]):
         self._lines = lines
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="lines-box"):
-            yield self._pane
+        yield self._pane
 
     def on_mount(self) -> None:
         self._pane.show(self._lines)

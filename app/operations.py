@@ -109,7 +109,7 @@ class Operations:
 
     def coming(self, name: str) -> bool:
         """Is one of this name under way, or waiting?"""
-        return any(job.name == name for job in (self.current, *self._waiting) if job is not None)
+        return any(job.name == name for job in (*self._under_way, *self._waiting))
 
     @property
     def idle(self) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from kvm.errors import ConfigError, SnapshotError
@@ -78,13 +79,11 @@ class Shelf:
         return next((file for file in self._files.values() if str(file.path) == path), None)
 
 
-def suggestion(image: str, folder: Path) -> str:
-    """A name that isn't taken in this folder."""
+def suggestion(image: str, promised: Collection[Path]) -> str:
+    """A name that nothing here has, nor will have once what is ``promised`` is written."""
     stem = Path(image).stem or "machine"
-    number = 1
-    while (folder / f"{stem}-{number}{SUFFIX}").exists():
-        number += 1
-    return f"{stem}-{number}{SUFFIX}"
+    names = (Path(f"{stem}-{number}{SUFFIX}") for number in count(1))
+    return str(next(name for name in names if name not in promised and not name.exists()))
 
 
 def target(text: str) -> Path:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
-from app.shelf import ShelfFile
+from app.shelf import SUFFIX, ShelfFile
 from kvm.backends.interface import PAGE_SIZE
 from kvm.machine import Checkpoint, Machine
 from widgets.snapshots import SnapshotEntry
@@ -47,7 +47,7 @@ def file_entries(files: Sequence[ShelfFile]) -> list[SnapshotEntry]:
         SnapshotEntry(
             key=str(file.path),
             sign=FILE,
-            name=f"{file.path.name} {file.name}".strip(),
+            name=f"{file.path.name.removesuffix(SUFFIX)} {file.name}".strip(),
             age=_age(now, file.taken),
             size=file.stored,
             rips=file.rips,

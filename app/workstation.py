@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,11 @@ from app.tree import find, origin
 from kvm.backends.interface import ExitKind
 from kvm.errors import SnapshotCancelled, SnapshotMismatch, VmdeckError
 from kvm.machine import Checkpoint, Machine, Phase, Status
-from kvm.quirks import Ignored, ignored
+from kvm.quirks import ignored
 from kvm.snapshot import chain
 from widgets.line_pane import Line
-from widgets.prompt import Prompt, Question
-from widgets.snapshots import Key, SnapshotsPane
+from widgets.prompt import Prompt, PromptInput, Question
+from widgets.snapshots import Key, SnapshotsPane, amount
 
 
 class Workstation(App[int]):
@@ -68,10 +69,13 @@ class Workstation(App[int]):
         self.title = title or Path(machine.image.path).name
         self.operations = Operations(self._start)
         self.desk = Desk(machine, self.title, self.operations)
-        self.ignored: tuple[Ignored, ...] = ()
-        """What the kernel takes and ignores."""
         self._run_it = run
+        self._promised: list[Path] = []
+        """Files that will be written."""
+        self._writing = threading.Lock()
         self._leaving = False
+        self._held: list[events.Key] | None = None
+        """Keys that came behind the one that ends the prompt, until it's gone; None while there is nothing to hold."""
         self._asked: Callable[[str], None] = lambda text: None
         """What the prompt's answer is for. It raises VmdeckError for one that won't do."""
         self._help: Callable[[str], str] = lambda text: ""
@@ -93,20 +97,14 @@ class Workstation(App[int]):
             self.post_message(self.StatusChanged())
 
     def _find_ignored(self) -> None:
-        """What this kernel takes and ignores; said once, and in the contract's screen for as long as one looks."""
+        """What this kernel takes and ignores is said beside its name, and in the contract's screen."""
 
         def find_out(job: Job) -> None:
             job.aside()
             found = ignored(self.machine.system)
-            self.post_message(self.Found(partial(self._say_ignored, found)))
+            self.post_message(self.Found(partial(setattr, self.desk, "ignored", found)))
 
         self.ask("look at the kernel", find_out)
-
-    def _say_ignored(self, found: tuple[Ignored, ...]) -> None:
-        self.ignored = found
-        if found:
-            what = "\n".join(f"{quirk.what}: {quirk.lost}" for quirk in found)
-            self.notify(what, title="This kernel takes these writes and ignores them", timeout=8, markup=False)
 
     # Operations
 
@@ -254,16 +252,23 @@ class Workstation(App[int]):
     def _ask_save(self, title: str, *, incremental: bool) -> None:
         def save(text: str) -> None:
             path = shelf.target(text)
+            self._promised.append(path)
             self.ask("save", partial(work, path))
 
         def work(path: Path, job: Job) -> None:
-            self.machine.save_file(
-                path, incremental=incremental, progress=job.progress, cancel=job.cancel, taken=job.aside
-            )
+            try:
+                with self._writing:  # what builds on a file comes after it
+                    written = self.machine.save_file(
+                        path, incremental=incremental, progress=job.progress, cancel=job.cancel, taken=job.aside
+                    )
+            finally:
+                self._promised.remove(path)
             self._shelve(path)
+            said = f"{path.name}: {amount(written.stored).strip()}B written, {amount(written.size).strip()}B to read"
+            self.post_message(self.Found(lambda: self.notify(said, title="Saved", timeout=3, markup=False)))
 
         self._ask(
-            Question("save", title, shelf.suggestion(self.title, Path()), shelf.words),
+            Question("save", title, shelf.suggestion(self.title, self._promised), shelf.words),
             save,
             lambda text: shelf.help_saving(text, running=self.machine.status.phase is Phase.RUNNING),
         )
@@ -310,14 +315,23 @@ class Workstation(App[int]):
         prompt.ask(question)
         prompt.help(help(question.text))
 
-    def on_prompt_answered(self, message: Prompt.Answered) -> None:
+    async def on_prompt_answered(self, message: Prompt.Answered) -> None:
         prompt = self.desk.query_one(Prompt)
         try:
             self._asked(message.text)
         except VmdeckError as error:
             prompt.refuse(str(error))
+            await self._release_keys()
         else:
             prompt.close()
+
+    async def on_prompt_left(self) -> None:
+        await self._release_keys()
+
+    async def _release_keys(self) -> None:
+        held, self._held = self._held, None
+        for event in held or ():
+            await self.on_event(event)
 
     def on_prompt_changed(self, message: Prompt.Changed) -> None:
         self.desk.query_one(Prompt).help(self._help(message.text))
@@ -375,7 +389,7 @@ class Workstation(App[int]):
 
         Textual hands a key to the focused widget's queue and tries the bindings when it comes back. Where several keys
         come at once (a slow line, a macro), those after one that moves the keyboard would go to the old place: of
-        ``e rax=1`` the r would reset the machine.
+        ``e rax=1`` the r would reset the machine. Those after the Enter that ends it are held until the prompt is gone.
         """
         if not isinstance(event, events.Key) or event.is_forwarded:
             await super().on_event(event)
@@ -383,8 +397,13 @@ class Workstation(App[int]):
         await asyncio.sleep(0)  # a flood of keys must not keep signals and frames from their turn
         if self._exit:
             return  # those typed ahead don't hold up the end
+        if self._held is not None:
+            self._held.append(event)
+            return
         if self.screen is self.desk:
             pane = self.focused
+            if isinstance(pane, PromptInput) and event.key in PromptInput.ENDS:
+                self._held = []
             ours = pane is None or (pane.id in FOCUSED and not pane.check_consume_key(event.key, event.character))
             # Priority bindings come first here as in Textual.
             if ours and (await self._check_bindings(event.key, True) or await self._check_bindings(event.key)):
@@ -405,12 +424,11 @@ class Workstation(App[int]):
     def action_contract(self) -> None:
         from app.contract import ContractScreen  # not needed for the first frame
 
-        self.push_screen(ContractScreen(self.machine, self.desk.selected, self.ignored))
+        self.push_screen(ContractScreen(self.machine, self.desk.selected, self.desk.ignored))
 
     def action_leave(self) -> None:
         """Quit; a file that is being written is written first, or called off the second time."""
-        saving = self.operations.coming("save") or any(job.name == "save" for job in self.operations.asides)
-        if saving and not self._leaving:
+        if self.operations.coming("save") and not self._leaving:
             self._leaving = True
             self.notify("vmdeck leaves when the file is written. q again calls that off.", timeout=8)
             return

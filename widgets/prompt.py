@@ -30,6 +30,8 @@ class Question:
 class PromptInput(Input):
     """An input whose editing keys act in their turn: in Textual's, letters that come right behind overtake them."""
 
+    ENDS = ("enter", "escape", "ctrl+c")
+    """Keys after which the prompt is closed, or has said why not."""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "cancel", "Cancel", id="prompt.cancel"),
         Binding("ctrl+c", "cancel", "Cancel", show=False, id="prompt.interrupt"),

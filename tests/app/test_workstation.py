@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from random import Random
 
 import pytest
 from textual import events
 from textual.keys import key_to_character
-from textual.pilot import Pilot
-from textual.widgets import Button, Static
+from textual.widgets import Button
 from textual.widgets._footer import FooterKey
 
 from app.commands import COMMANDS
 from app.help import HelpScreen
-from app.workstation import Workstation
-from kvm.backends.interface import System
-from kvm.boot import loader
-from kvm.machine import Machine, MachineConfig, Phase
+from kvm.machine import Phase
 from tests.app import guests
+from tests.app.desk import BOTH, COUNT
 from widgets.console import ConsolePane
 from widgets.ledger import LedgerPane
-from widgets.line_pane import LinePane
 from widgets.prompt import Prompt
 from widgets.snapshots import SnapshotsPane
 from widgets.status import Banner, StatusLine
@@ -32,109 +24,7 @@ from widgets.vcpu_area import VcpuArea
 from widgets.vcpu_list import VcpuList
 from widgets.vcpu_pane import MARK
 
-LIMIT = 20.0
 SIZES = [(80, 24), (120, 40), (200, 60)]
-COUNT = bytes.fromhex("66 40 eb fc")
-"""again: inc eax; jmp again"""
-
-
-BOTH = pytest.mark.parametrize("system", ["software", pytest.param("kvm", marks=pytest.mark.kvm)], indirect=True)
-"""What depends on the machine is tried on both backends, what is the app's own on the software one."""
-
-
-@pytest.fixture
-def system(request: pytest.FixtureRequest) -> Iterator[System]:
-    from kvm.backends.choice import open_system
-
-    opened = open_system(getattr(request, "param", "software"))
-    yield opened
-    opened.close()
-
-
-@pytest.fixture(autouse=True)
-def no_wait_for_an_idle_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pilot takes a busy process for a busy app and waits a second a key; here the guest is what's busy."""
-
-    async def briefly(*_: float) -> None:
-        await asyncio.sleep(0.002)
-
-    monkeypatch.setattr("textual.app.wait_for_idle", briefly)
-    monkeypatch.setattr("textual.pilot.wait_for_idle", briefly)
-
-
-class Desk:
-    """A workstation under test with its pilot."""
-
-    def __init__(self, app: Workstation, pilot: Pilot[int]) -> None:
-        self.app, self.pilot, self.machine = app, pilot, app.machine
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        """Let the app go on until the condition holds; only a hang takes as long as LIMIT."""
-        async with asyncio.timeout(LIMIT):
-            while not condition():
-                await self.pilot.pause(0.005)
-
-    async def idle(self) -> None:
-        """Until all operations are over and drawn."""
-        await self.pilot.pause()
-        await self.until(lambda: self.app.operations.shown is None and self.app.operations.idle)
-        await self.pilot.pause()
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.idle()
-
-    async def click(self, selector: str) -> None:
-        assert await self.pilot.click(selector)
-        await self.idle()
-
-    @property
-    def phase(self) -> Phase:
-        return self.machine.status.phase
-
-    @property
-    def footer(self) -> dict[str, bool]:
-        """What the footer offers: description and whether it can be used."""
-        return {key.description: not key._disabled for key in self.app.query(FooterKey)}
-
-    def text(self, of: type[LinePane]) -> str:
-        pane = self.app.query_one(of)
-        return "\n".join(pane.line_text(y) for y in range(pane.size.height))
-
-    def pane(self, index: int = 0) -> str:
-        pane = self.app.query_one(VcpuArea).panes[index]
-        return "\n".join(pane.line_text(y) for y in range(pane.size.height))
-
-    @property
-    def said(self) -> str:
-        """The prompt's second line."""
-        return str(self.app.query_one("#prompt-help", Static).content)
-
-    def rip(self, vcpu: int = 0) -> int:
-        return int.from_bytes(self.machine.view(vcpu).regs[128:136], "little")
-
-
-Open = Callable[..., "asynccontextmanager[Desk]"]
-
-
-@pytest.fixture
-def desk(system: System, tmp_path: Path) -> Callable[..., object]:
-    @asynccontextmanager
-    async def open_desk(
-        code: bytes, *, vcpus: int = 2, size: tuple[int, int] = (120, 40), format: str = "flat16"
-    ) -> AsyncIterator[Desk]:
-        path = tmp_path / "guest.bin"
-        path.write_bytes(code)
-        memory = 4 << 20
-        image = loader.load(path, memory=memory, format=format, address=0x7C00)
-        with Machine(system, image, MachineConfig(vcpus, memory)) as machine:
-            app = Workstation(machine)
-            async with app.run_test(size=size) as pilot:
-                opened = Desk(app, pilot)
-                await opened.idle()
-                yield opened
-
-    return open_desk
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -308,21 +198,23 @@ async def test_a_value_that_the_processor_refuses_is_an_error_to_be_mended(desk)
         assert at.rip() == 0x7C02
 
 
-@pytest.mark.parametrize("keys", ["erax=1\r", "Cboot\r", "eresc\x1bcs"])
+@pytest.mark.parametrize("keys", ["erax=1\rs", "Cboot\rs", "eresc\x1bcs", "erax\r\x15rbx=2\rs"])
 async def test_keys_that_come_at_once_go_where_they_belong(desk, keys) -> None:  # type: ignore[no-untyped-def]
     """As over a slow line: of ``e rax=1`` no letter may be a command."""
     async with desk(COUNT) as at:
         for character in keys:
-            at.app.post_message(events.Key({"\r": "enter", "\x1b": "escape"}.get(character, character), character))
+            at.app.post_message(
+                events.Key({"\r": "enter", "\x1b": "escape", "\x15": "ctrl+u"}.get(character, character), character)
+            )
         await at.idle()
         await at.until(lambda: not at.app.query_one(Prompt).display)
         await at.idle()
         assert "reset" not in [record.caller for record in at.machine.ledger.records]
-        if keys.startswith("erax"):
-            assert at.machine.view(0).dirty
-            assert at.machine.view(0).regs[0] == 1
-        elif keys.startswith("C"):
-            assert [kept.name for kept in at.machine.checkpoints] == ["boot"]
+        assert at.rip() == 0x7C02, "the step behind the prompt's end is a step"
+        callers = [record.caller for record in at.machine.ledger.records]
+        assert callers.count("edit") == keys.count("=")
+        names = {"C": ["boot"], "\x1b": ["checkpoint 1"]}
+        assert [kept.name for kept in at.machine.checkpoints] == next((names[key] for key in names if key in keys), [])
 
 
 @pytest.mark.parametrize("size", [(80, 24), (200, 60)])

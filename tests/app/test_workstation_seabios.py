@@ -10,12 +10,10 @@ from app.workstation import Workstation
 from kvm.backends.choice import open_system
 from kvm.boot import loader
 from kvm.machine import Machine, MachineConfig
-from tests.app.test_workstation import Desk, no_wait_for_an_idle_process
+from tests.app.desk import Desk
 
 IMAGE = Path("/usr/share/seabios/bios.bin")
 MEMORY = 64 << 20
-
-__all__ = ["no_wait_for_an_idle_process"]
 
 
 @pytest.mark.skipif(not IMAGE.exists(), reason=f"Debian's package seabios is not installed: {IMAGE} is missing")
