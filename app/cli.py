@@ -51,12 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_missing_streams() -> None:
-    """A file opened later must not become fd 0, 1 or 2 by chance because our caller had closed it."""
+    """A file opened later must not become fd 0, 1 or 2 by chance because our caller had closed it.
+
+    And print would take stdout where there is no ``sys.stderr``: the guest's output.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -172,11 +177,15 @@ def _show(options: argparse.Namespace, opening: AbstractContextManager[Machine])
         check_terminal()
     with opening as machine:
         if options.headless:
+            from kvm.quirks import ignored
+
             if options.backend == "auto" and machine.system.name == "software":
                 print(
                     "vmdeck: KVM isn't usable here (vmdeck doctor says why): the software backend runs the guest.",
                     file=sys.stderr,
                 )
+            for quirk in ignored(machine.system):
+                print(f"vmdeck: this KVM ignores writes to {quirk.what}: {quirk.lost}.", file=sys.stderr)
             return _headless(machine, options.ledger, dump_registers=options.dump_registers)
         from app import session
 

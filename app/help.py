@@ -22,6 +22,7 @@ _LEGEND = (
     ("user copy owns", "they live in vmdeck's copy and go back to KVM before the VCPU runs again"),
     ("put RUNTIME", "the level at which the copy was last written: RUNTIME, RESET or FULL"),
     ("●", "the checkpoint that the machine came from: there Back goes"),
+    ("▤ ◆", "a snapshot in a file; the snapshot that others are compared with"),
     ("?", "not known"),
 )
 
@@ -53,7 +54,10 @@ class HelpScreen(ModalScreen[None]):
             table.add_row(sign, meaning)
         table.add_row("", "")
         table.add_row("", "Mouse: click a VCPU to select it, the console to type, a button to press it.")
-        table.add_row("", "In the checkpoints: ⏎ goes back, n names, N notes, x deletes. ctrl+p is the palette.")
+        table.add_row(
+            "", "In the snapshots: ⏎ goes back, d shows what differs from now, or from the one that m has marked;"
+        )
+        table.add_row("", "n names, N notes, x deletes (a file only from the list). ctrl+p is the palette.")
         table.add_row("", "While you type at the guest only F1 to F9, ctrl+], ctrl+p and ctrl+q are vmdeck's.")
         return table
 

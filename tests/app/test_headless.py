@@ -12,7 +12,7 @@ import pytest
 
 from app.headless import BACKLOG
 from tests.app import guests
-from tests.app.process import COMMAND, LIMIT, Terminal, vmdeck
+from tests.app.process import COMMAND, LIMIT, Terminal, said, vmdeck
 
 
 @pytest.fixture(params=["software", pytest.param("kvm", marks=pytest.mark.kvm)])
@@ -64,7 +64,7 @@ def read(process: subprocess.Popen[bytes], wanted: bytes) -> None:
 @pytest.mark.parametrize(("value", "code"), [(0x15, 43), (0xFF, 255)])
 def test_exit_code_of_isa_debug_exit(guest: Guest, value: int, code: int) -> None:
     done = vmdeck(*guest.arguments(guests.print_and_exit(b"hello", value)))
-    assert (done.returncode, done.stdout, done.stderr) == (code, b"hello", b"")
+    assert (done.returncode, done.stdout, said(done.stderr)) == (code, b"hello", b"")
 
 
 def test_guest_bytes_pass_as_they_are(guest: Guest) -> None:
@@ -79,7 +79,7 @@ def test_a_slow_reader_loses_nothing(guest: Guest) -> None:
     assert process.stdout is not None
     first = process.stdout.read(1)
     stdout, stderr = process.communicate(timeout=LIMIT)
-    assert (process.returncode, stderr) == (85, b"")
+    assert (process.returncode, said(stderr)) == (85, b"")
     assert first + stdout == b"x" * guests.FLOOD_BYTES
 
 
@@ -156,7 +156,7 @@ def test_a_signal_ends_it(guest: Guest, number: signal.Signals, code: bytes) -> 
     read(process, b"!")
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=LIMIT)
-    assert (process.returncode, stdout, stderr) == (128 + number, b"", b"")
+    assert (process.returncode, stdout, said(stderr)) == (128 + number, b"", b"")
 
 
 def test_a_signal_ends_it_while_nobody_reads_stdout(guest: Guest) -> None:
@@ -175,7 +175,7 @@ def test_a_closed_stdout_ends_it(guest: Guest, code: bytes) -> None:
     process.stdout.close()
     assert process.wait(LIMIT) == 128 + signal.SIGPIPE
     assert process.stderr is not None
-    assert process.stderr.read() == b""
+    assert said(process.stderr.read()) == b""
 
 
 def test_a_full_disk_is_an_error(guest: Guest) -> None:
