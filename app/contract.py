@@ -62,7 +62,7 @@ def _last_moves(records: Sequence[Record], vcpu: int) -> Iterator[tuple[str, str
             if part.vcpu in (vcpu, None):
                 for verb, names in (("unchanged", part.skipped), ("read", part.read), ("written", part.written)):
                     for name in names:
-                        yield name, f"{verb}{at if verb != 'read' else ''} by {hook}, {record.caller}"
+                        yield name, f"{verb}{at} for {record.caller} ({hook})"
 
 
 def _row(place: str, row: Substate, get: str, last: str, due: bool, width: int) -> list[Line]:
