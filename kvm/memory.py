@@ -15,24 +15,15 @@ from numpy.typing import NDArray
 
 from kvm.backends.interface import PAGE_SIZE, Vm
 from kvm.errors import ConfigError, KvmError, MemoryAccessError
+from kvm.host_memory import anonymous
 from kvm.x86 import layout
 
 Pages = NDArray[np.int64]
 
-_PAGEMAP_ENTRY = 8
-_PAGEMAP_BACKED = 62
-"""Bits 62 and 63 of an entry: swapped out, or present."""
-
-_MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0
-
 
 def _host_memory(size: int) -> mmap.mmap:
-    """Anonymous, zero, private; taken from the host page by page as it's touched."""
     try:
-        if hasattr(mmap, "MAP_ANONYMOUS"):
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            return mmap.mmap(-1, size, flags=flags)
-        return mmap.mmap(-1, size)
+        return anonymous(size)
     except (OSError, OverflowError) as error:
         raise ConfigError(
             f"The host gives no {size >> 20} MiB for guest memory ({error}). Ask for less with --memory."
@@ -55,23 +46,6 @@ class Region:
     def __post_init__(self) -> None:
         self.size = len(self.memory)
         self.pages = np.frombuffer(self.memory, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-
-    def touched(self) -> Pages:
-        """Its pages, from 0, that may be anything but zero: of fresh memory only those that the host has backed.
-
-        Linux tells (Documentation/admin-guide/mm/pagemap.rst); elsewhere, all.
-        """
-        count = len(self.pages)
-        if mmap.PAGESIZE == PAGE_SIZE:
-            try:
-                with open("/proc/self/pagemap", "rb") as file:
-                    file.seek(self.pages.ctypes.data // PAGE_SIZE * _PAGEMAP_ENTRY)
-                    entries = np.frombuffer(file.read(count * _PAGEMAP_ENTRY), np.uint64)
-            except OSError:
-                entries = np.empty(0, np.uint64)
-            if len(entries) == count:
-                return np.flatnonzero(entries >> _PAGEMAP_BACKED)
-        return np.arange(count)
 
 
 class Memory:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from kvm.backends.interface import PAGE_SIZE
+from kvm.host_memory import touched
 from kvm.memory import Memory, Pages
 from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 
@@ -135,9 +136,9 @@ class PageStore:
         found = []
         for region in self._memory.ram:
             words = region.pages.view(np.uint64)
-            touched = region.touched()
-            for first in range(0, len(touched), _PIECE):
-                piece = touched[first : first + _PIECE]
+            backed = touched(region.pages)
+            for first in range(0, len(backed), _PIECE):
+                piece = backed[first : first + _PIECE]
                 found.append(piece[words[piece].any(axis=1)] + region.first_page)
         return np.concatenate(found) if found else np.empty(0, np.int64)
 

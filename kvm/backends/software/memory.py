@@ -12,11 +12,19 @@ from numpy.typing import NDArray
 from kvm.backends.interface import PAGE_SIZE
 from kvm.backends.software.engine import MAPPED_END
 from kvm.errors import KvmError
+from kvm.host_memory import anonymous, touched
+
+_PIECE = 256
+"""Pages: what is compared at a time stays in the processor's cache."""
 
 
 @dataclass
 class Slot:
-    """Host memory at a guest-physical address. ``shadow`` is its contents when dirty logging last looked."""
+    """Host memory, a private mapping, at a guest-physical address.
+
+    ``shadow``: the contents, when dirty logging last looked, of the pages that were ``backed`` then; the others were
+    as they had been mapped.
+    """
 
     address: int
     memory: mmap.mmap
@@ -24,6 +32,7 @@ class Slot:
     bytes: NDArray[np.uint8] = field(init=False)
     view: memoryview = field(init=False)
     shadow: NDArray[np.uint64] | None = None
+    backed: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         self.bytes = np.frombuffer(self.memory, dtype=np.uint8)
@@ -44,15 +53,23 @@ class Slot:
         if not on:
             self.shadow = None
         elif self.shadow is None:
-            self.shadow = self.pages.copy()
+            self.shadow = np.frombuffer(anonymous(self.size), np.uint64).reshape(self.pages.shape)
+            self.backed = np.zeros(len(self.pages), bool)
+            self.dirty_pages()
 
     def dirty_pages(self) -> NDArray[np.int64]:
         if self.shadow is None:
             raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, detail="dirty logging is off for this slot")
-        now = self.pages
-        dirty = np.flatnonzero((now != self.shadow).any(axis=1))
-        self.shadow[dirty] = now[dirty]
-        return dirty.astype(np.int64)
+        now, shadow = self.pages, self.shadow
+        found = [np.empty(0, np.int64)]
+        backed = touched(now)
+        for first in range(0, len(backed), _PIECE):
+            piece = backed[first : first + _PIECE]
+            piece = piece[~self.backed[piece] | (now[piece] != shadow[piece]).any(axis=1)]
+            shadow[piece] = now[piece]
+            found.append(piece)
+        self.backed[backed] = True
+        return np.concatenate(found)
 
     def release(self) -> None:
         """Let go of the host memory, so that its owner can close it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import queue
 import threading
 import time
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from kvm.backends.interface import Exit
 from kvm.backends.kernel.system import KernelSystem
 from kvm.backends.kernel.vcpu import KernelVcpuFd
+from kvm.host_memory import anonymous
 from kvm.x86.structs import Regs, Sregs, Sregs2, pack_cpuid
 from kvm.x86.substates import vcpu_table
 
@@ -73,7 +73,7 @@ class Guest:
         self.system = system
         self.vm = system.create_vm()
         self.vm.create_irqchip()
-        self.memory = mmap.mmap(-1, MEMORY)
+        self.memory = anonymous(MEMORY)
         self.memory[ORIGIN : ORIGIN + len(code)] = code
         self.vm.set_memory(0, 0, self.memory)
         for port in coalesce:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 import struct
 import tempfile
 import threading
@@ -15,6 +14,7 @@ import pytest
 from kvm.backends.interface import Exit
 from kvm.backends.software.system import SoftwareSystem
 from kvm.backends.software.vcpu import SoftwareVcpu
+from kvm.host_memory import anonymous
 from kvm.x86.structs import (
     MP_STATE_RUNNABLE,
     GuestDebug,
@@ -129,7 +129,7 @@ class Guest:
         self.vm = self.system.create_vm()
         if irqchip:
             self.vm.create_irqchip()
-        self.memory = mmap.mmap(-1, MEMORY)
+        self.memory = anonymous(MEMORY)
         self.vm.set_memory(0, 0, self.memory)
         self.table = vcpu_table(self.system.caps, self.system.msr_list())
         self.machine_rows = machine_table(self.system.caps)

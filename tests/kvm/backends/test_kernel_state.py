@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from kvm.backends.interface import PAGE_SIZE, ExitKind, IoctlTrace
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.system import KernelSystem
 from kvm.errors import KvmError, SubstateError
+from kvm.host_memory import anonymous
 from kvm.x86 import msrs
 from kvm.x86.structs import ClockData, PitState2, Regs, pack_msrs, unpack_msrs
 from kvm.x86.substates import Substate, machine_table
@@ -231,7 +231,7 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
 
 def test_dirty_pages_of_two_slots(guest: Guest) -> None:
     """Firecracker #5705: each slot counts from its own start."""
-    high = mmap.mmap(-1, 0x10000)
+    high = anonymous(0x10000)
     guest.vm.set_memory(0, 0, guest.memory, log_dirty=True)
     guest.vm.set_memory(1, 0x20000, high, log_dirty=True)
     # mov [0x5000],al; mov [0x3000],al; mov ax,0x2000; mov ds,ax; mov [0x7000],al
@@ -254,7 +254,7 @@ def test_a_log_that_was_never_asked_for(guest: Guest) -> None:
 
 
 def test_writes_to_read_only_memory_go_to_the_bus(guest: Guest) -> None:
-    rom = mmap.mmap(-1, 0x1000)
+    rom = anonymous(0x1000)
     rom[0] = 0x42
     guest.vm.set_memory(1, 0x20000, rom, readonly=True)
     # mov ax,0x2000; mov ds,ax; mov al,[0]; mov [1],al
@@ -270,7 +270,7 @@ def test_writes_to_read_only_memory_go_to_the_bus(guest: Guest) -> None:
 
 def test_memory_that_kvm_refuses(guest: Guest) -> None:
     with pytest.raises(KvmError, match="slot 7, 0x1000 bytes at 0x123"):
-        guest.vm.set_memory(7, 0x123, mmap.mmap(-1, 0x1000))
+        guest.vm.set_memory(7, 0x123, anonymous(0x1000))
 
 
 def test_guest_memory_cannot_be_closed_under_the_guest() -> None:

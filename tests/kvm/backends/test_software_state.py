@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvm.backends.software import calibration, context
 from kvm.backends.software.limits import LIMITS
 from kvm.backends.software.system import SoftwareSystem
 from kvm.errors import BackendUnavailable, KvmError, SubstateError
+from kvm.host_memory import anonymous
 from kvm.x86.structs import (
     EVENT_VALID_NMI_PENDING,
     EVENT_VALID_SHADOW,
@@ -337,7 +337,7 @@ def test_a_readonly_slot_is_read_and_run_and_its_writes_go_to_the_bus(make: Make
         out %al, $0xf4""",
         "long",
     )
-    rom = mmap.mmap(-1, 2 * PAGE_SIZE)
+    rom = anonymous(2 * PAGE_SIZE)
     rom[:4], rom[PAGE_SIZE] = b"ROM!", 0xC3
     guest.vm.set_memory(1, 0x30000000, rom, readonly=True)
     regs = guest.regs()
@@ -355,7 +355,7 @@ def test_a_readonly_slot_is_read_and_run_and_its_writes_go_to_the_bus(make: Make
 
 def test_slots_are_checked(make: Make) -> None:
     guest = make()
-    pages = mmap.mmap(-1, 4 * PAGE_SIZE)
+    pages = anonymous(4 * PAGE_SIZE)
     for address, code in ((MEMORY - PAGE_SIZE, errno.EEXIST), (MEMORY + 1, errno.EINVAL), (1 << 39, errno.EINVAL)):
         with pytest.raises(KvmError) as caught:
             guest.vm.set_memory(1, address, pages)
@@ -385,7 +385,7 @@ def _unchanged(guest: Guest) -> set[int]:
 
 def test_two_slots_each_have_their_own_dirty_pages(make: Make) -> None:
     guest = make("movb $1, 0x30003000; out %al, $0xf4", "long")
-    more = mmap.mmap(-1, 8 * PAGE_SIZE)
+    more = anonymous(8 * PAGE_SIZE)
     guest.vm.set_memory(1, 0x30000000, more, log_dirty=True)
     guest.run()
     assert list(guest.vm.dirty_pages(1)) == [3]
@@ -475,7 +475,7 @@ def test_seabios_prints_its_banner(make: Make, name: str) -> None:
     if not path.exists():
         pytest.skip(f"Debian's package seabios is not installed: {path} is missing")
     image = path.read_bytes()
-    rom = mmap.mmap(-1, len(image))
+    rom = anonymous(len(image))
     rom[:] = image
     guest = make()
     guest.vm.set_memory(1, (1 << 32) - len(image), rom, readonly=True)
