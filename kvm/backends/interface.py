@@ -144,7 +144,7 @@ class Vm(Protocol):
     def set_memory(
         self, slot: int, address: int, memory: mmap.mmap, *, readonly: bool = False, log_dirty: bool = False
     ) -> None:
-        """Put host memory, a private mapping, at a guest-physical address, both page-aligned, or change that slot's flags."""
+        """Put host memory, a private mapping, at a guest-physical address (both page-aligned), or change that slot."""
 
     def dirty_pages(self, slot: int) -> NDArray[np.int64]:
         """The slot's page numbers (ascending, from 0) that the guest wrote since the last call; forgets them."""
