@@ -73,6 +73,8 @@ class Desk(Screen[None]):
         self.shelf = Shelf()
         self.error = ""
         """What went wrong with the last operation, for the status line."""
+        self.news = ""
+        """What it was good for, where that isn't seen elsewhere."""
         self.ignored: tuple[Ignored, ...] = ()
         """What the kernel takes and ignores, as far as it's known yet."""
         self._operations = operations
@@ -233,6 +235,7 @@ class Desk(Screen[None]):
 
     def settle(self) -> None:
         """Something is about to be done with the machine: what changes from now on is marked."""
+        self.news = ""
         for changes in self._changes:
             changes.settle()
 
@@ -257,6 +260,7 @@ class Desk(Screen[None]):
                 ),
                 busy=self._busy(),
                 error=self.error,
+                news=self.news,
             )
         )
 

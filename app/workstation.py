@@ -264,8 +264,8 @@ class Workstation(App[int]):
             finally:
                 self._promised.remove(path)
             self._shelve(path)
-            said = f"{path.name}: {amount(written.stored).strip()}B written, {amount(written.size).strip()}B to read"
-            self.post_message(self.Found(lambda: self.notify(said, title="Saved", timeout=3, markup=False)))
+            news = f"{amount(written.stored).strip()}B written to {path.name}"
+            self.post_message(self.Found(partial(setattr, self.desk, "news", news)))
 
         self._ask(
             Question("save", title, shelf.suggestion(self.title, self._promised), shelf.words),

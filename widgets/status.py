@@ -19,13 +19,14 @@ PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class StatusValues:
-    """What the status line says. ``facts``: image, backend, VCPUs, memory. ``error`` wins over ``busy``."""
+    """What the status line says. ``facts``: image, backend, VCPUs, memory. ``error`` wins over ``busy``, over ``news``."""
 
     phase: str
     reason: str
     facts: tuple[str, ...]
     busy: str = ""
     error: str = ""
+    news: str = ""
 
 
 class StatusLine(LinePane):
@@ -51,6 +52,8 @@ class StatusLine(LinePane):
             left.append((f" {cut(values.error, max(width - width_of(left) - 3, 0))}", "bad"))
         elif values.busy:
             left.append((f" {values.busy}", "accent"))
+        elif values.news:
+            left.append((f" {cut(values.news, max(width // 2, 20))}", "good"))
         elif values.reason and values.reason != values.phase:
             left.append((f" {cut(values.reason, max(width // 2, 20))}", style))
         return [bar(left, [[(fact, "label")] for fact in values.facts], width)]

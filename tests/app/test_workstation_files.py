@@ -68,6 +68,7 @@ async def test_a_file_is_saved_while_the_guest_runs_and_loaded_again(desk, folde
         await at.press("enter")
         assert at.phase is Phase.RUNNING
         await at.until(lambda: "▤ guest-1" in at.text(SnapshotsPane))
+        assert "KB written to guest-1.vmdeck" in at.text(StatusLine)
         with read("guest-1.vmdeck") as file:
             saved = int.from_bytes(file.head.state.vcpus[0]["regs"][:8], "little")
         await at.press("space", "s", "s")
