@@ -19,7 +19,7 @@ PHASES = {
 
 @dataclass(frozen=True, slots=True)
 class StatusValues:
-    """What the status line says. ``facts``: image, backend, VCPUs, memory. ``error`` wins over ``busy``, over ``news``."""
+    """What the status line says: ``error``, else ``busy``, else ``news``. ``facts``: image, backend, VCPUs, memory."""
 
     phase: str
     reason: str

@@ -16,7 +16,7 @@ from kvm.snapshot.chain import page_address
 from kvm.snapshot.contents import SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 from kvm.snapshot.file import Progress
 from kvm.snapshot.state import MachineState
-from kvm.x86 import msrs
+from kvm.x86 import lapic, msrs
 from kvm.x86.structs import (
     ClockData,
     DebugRegs,
@@ -170,7 +170,8 @@ def _decoded(name: str, raw: bytes | None) -> dict[str, str]:
             for entry in unpack_cpuid(raw)
         }  # fmt: skip
     if name == "lapic":
-        return {f"[{at:#05x}]": raw[at : at + 4][::-1].hex() for at in range(0, len(raw), 16)}
+        words = {at: raw[at : at + 4][::-1].hex() for at in range(0, len(raw), 16)}
+        return {f" {lapic.NAMES[at]}" if at in lapic.NAMES else f"[{at:#05x}]": word for at, word in words.items()}
     kind = (Sregs2 if len(raw) == ctypes.sizeof(Sregs2) else Sregs) if name == "sregs" else _STRUCTS.get(name)
     if kind is None or len(raw) < ctypes.sizeof(kind):
         return _by_byte(raw)

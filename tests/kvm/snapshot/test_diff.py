@@ -63,6 +63,9 @@ def test_what_one_side_lacks_is_none() -> None:
 
     a = MachineState(({"regs": bytes(144)},), {}, {"gone": b"\1"})
     b = MachineState((), {"new": b"\2"}, {})
+    timer = {"lapic": bytes(0x390) + b"\5" + bytes(0x6F)}
+    (found,) = diff.states(MachineState(({"lapic": bytes(0x400)},), {}, {}), MachineState((timer,), {}, {}))
+    assert found == diff.Difference("VCPU 0 lapic timer current count", "00000000", "00000005")
     found = list(diff.states(a, b))
     assert diff.Difference("VCPU 0 regs.rip", "0x0", None) in found
     assert diff.Difference("device gone[0x0]", "01", None) in found
