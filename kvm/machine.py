@@ -20,7 +20,6 @@ from kvm.config import MachineConfig
 from kvm.devices.board import Board
 from kvm.errors import KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
-from kvm.levels import WritebackLevel
 from kvm.memory import Memory
 from kvm.snapshot.chain import open_chain
 from kvm.snapshot.checkpoints import Checkpoints
@@ -92,13 +91,14 @@ class Machine:
         self._power_on()
 
     def _power_on(self) -> None:
-        """Machine init: what a fresh VCPU holds is the base of every later reset."""
+        """Machine init: what fresh VCPUs and chips hold is the base of every later reset."""
         supported = self.system.cpuid()
         deadline = self.system.caps["KVM_CAP_TSC_DEADLINE_TIMER"] > 0
-        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init")
+        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self._chips)
         for vcpu in self.vcpus:
             vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
+        self._fresh_chips = self._chips.copy
         self._load_image()
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
@@ -199,10 +199,10 @@ class Machine:
             self._forget_reasons()
             with self._all_or_stopped("reset"):
                 self.board.reset()
-                self._chips.put(self._chips.fresh, WritebackLevel.RESET)
                 self._load_image()
                 self._reset_copies()
-                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
+                self._chips.copy = self._fresh_chips
+                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self._chips)
             self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
             if was_running:
@@ -323,7 +323,7 @@ class Machine:
                 shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
                          "bytes of ROM": len(self.image.rom)}  # fmt: skip
                 state, losses = self.files.fit(
-                    chain, shape, self.table, self._chips.rows, (self._fresh, self._chips.fresh),
+                    chain, shape, self.table, self._chips.rows, (self._fresh, self._fresh_chips),
                     ran=self._ran, drop=drop,
                 )  # fmt: skip
                 mapped = self.files.map(chain)
@@ -537,9 +537,10 @@ class Machine:
     def _save(self, skew_us: float) -> MachineState:
         """All stand: devices first, so that what they still owe a VCPU is in its state."""
         devices = self.board.save()
-        machine = self._chips.get()
-        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us)
-        return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
+        sync.cpu_synchronize_all_states(
+            self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us, chips=self._chips
+        )
+        return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self._chips.copy, devices)
 
     def _load(self, state: MachineState) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
@@ -551,8 +552,8 @@ class Machine:
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
-            self._chips.put(state.machine, WritebackLevel.FULL)
-            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
+            self._chips.copy = dict(state.machine)
+            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load", chips=self._chips)
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""

@@ -29,10 +29,11 @@ from kvm.levels import WritebackLevel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvm.chips import Chips
     from kvm.vcpu import Vcpu
 
     _Done = tuple[Part, SubstateError | None]
-    """One VCPU's part, and what ended it half-way."""
+    """One VCPU's part, or the machine's own, and what ended it half-way."""
 
 __all__ = [
     "WritebackLevel",
@@ -56,21 +57,36 @@ def cpu_synchronize_state(vcpu: Vcpu, *, ledger: Ledger, caller: str) -> None:
         _record(ledger, "cpu_synchronize_state", None, caller, (done,), began)
 
 
-def cpu_synchronize_all_states(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
-    """:func:`cpu_synchronize_state` for every VCPU. Raises SubstateError."""
+def cpu_synchronize_all_states(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0, chips: Chips | None = None
+) -> None:
+    """:func:`cpu_synchronize_state` for every VCPU; before them, where they are wanted, the machine's own substates.
+
+    Raises SubstateError.
+    """
     began = time.monotonic_ns()
-    done = _on_all(vcpus, _get)
+    done = _after(chips.get() if chips else None, lambda: _on_all(vcpus, _get))
     _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
-def cpu_synchronize_all_post_reset(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
-    """Give every VCPU's copy back to the kernel at RESET. Raises SubstateError; what failed stays dirty."""
-    _give_back("cpu_synchronize_all_post_reset", vcpus, WritebackLevel.RESET, ledger, caller)
+def cpu_synchronize_all_post_reset(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, chips: Chips | None = None
+) -> None:
+    """Give every VCPU's copy, and before them the machine's own, back to the kernel at RESET.
+
+    Raises SubstateError; what failed stays dirty.
+    """
+    _give_back("cpu_synchronize_all_post_reset", vcpus, WritebackLevel.RESET, ledger, caller, chips)
 
 
-def cpu_synchronize_all_post_init(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
-    """Give every VCPU's copy back to the kernel at FULL. Raises SubstateError; what failed stays dirty."""
-    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller)
+def cpu_synchronize_all_post_init(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, chips: Chips | None = None
+) -> None:
+    """Give every VCPU's copy, and before them the machine's own, back to the kernel at FULL.
+
+    Raises SubstateError; what failed stays dirty.
+    """
+    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller, chips)
 
 
 def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
@@ -95,10 +111,12 @@ def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
         _record(ledger, "before_run", WritebackLevel.RUNTIME, "run", (done,), began)
 
 
-def _give_back(hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str) -> None:
+def _give_back(
+    hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str, chips: Chips | None
+) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    done = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    done = _after(chips.put(level) if chips else None, lambda: _on_all(vcpus, lambda vcpu: _put(vcpu, level)))
     _record(ledger, hook, level, caller, done, began)
 
 
@@ -116,6 +134,13 @@ def _record(
     for _, error in done:
         if error is not None:
             raise error
+
+
+def _after(machine: _Done | None, vcpus: Callable[[], list[_Done]]) -> list[_Done]:
+    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed."""
+    if machine is None:
+        return vcpus()
+    return [machine] if machine[1] else [machine, *vcpus()]
 
 
 def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], _Done]) -> list[_Done]:

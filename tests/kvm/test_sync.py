@@ -136,7 +136,10 @@ def test_reset_and_full_refuse_while_a_vcpu_runs(machine: Machine) -> None:
 
 
 def test_only_the_hooks_move_state(machine: Machine) -> None:
-    """Every get or put in a busy minute of a machine's life stands in the ledger, VCPU by VCPU, in order."""
+    """Every get or put in a busy minute of a machine's life stands in the ledger, VCPU by VCPU, in order.
+
+    The machine's own too, whose VCPU is None.
+    """
     before = machine.ledger.total
     with Tracing(machine) as trace:
         machine.run()
@@ -150,7 +153,53 @@ def test_only_the_hooks_move_state(machine: Machine) -> None:
         machine.restore(checkpoint)
         machine.pause()
     records = [record for record in machine.ledger.records if record.number > before]
-    for vcpu in machine.vcpus:
-        parts = [part for record in records for part in record.parts if part.vcpu == vcpu.index]
+    for vcpu in (None, *range(VCPUS)):
+        parts = [part for record in records for part in record.parts if part.vcpu == vcpu]
         told = [name for part in parts for name in (*part.read, *part.written)]
-        assert [name for _, name in trace.moved(vcpu.index)] == told
+        moved = trace.moved(vcpu)
+        assert [name for _, name in moved] == told
+        assert sum(part.ioctls for part in parts) == len(moved) > 0
+
+
+CHIPS = ("pic_master", "pic_slave", "ioapic", "pit")
+
+
+@pytest.mark.parametrize(
+    ("do", "hook", "read", "written"),
+    [
+        (lambda machine, _: machine.save(), "all_states", (*CHIPS, "clock"), ()),
+        (lambda machine, _: machine.reset(), "all_post_reset", (), CHIPS),
+        (lambda machine, state: machine.load(state), "all_post_init", (), (*CHIPS, "clock")),
+    ],
+    ids=["save", "reset", "load"],
+)
+def test_an_all_cpu_hook_moves_the_machines_own_first_in_the_same_record(  # type: ignore[no-untyped-def]
+    machine: Machine, do, hook: str, read: tuple[str, ...], written: tuple[str, ...]
+) -> None:
+    state = machine.save()
+    machine.run()
+    before = machine.ledger.total
+    with Tracing(machine) as trace:
+        do(machine, state)
+        machine.pause()
+    records = [record for record in machine.ledger.records if record.number > before]
+    (record,) = [record for record in records if any(part.vcpu is None for part in record.parts)]
+    own, *vcpus = record.parts
+    assert record.hook == f"cpu_synchronize_{hook}"
+    assert (own.vcpu, own.read, own.written, own.skipped, own.error) == (None, read, written, (), "")
+    assert own.ioctls == len(read) + len(written)
+    assert own.microseconds > 0
+    assert [part.vcpu for part in vcpus] == list(range(VCPUS))
+    moving = [
+        call.vcpu
+        for call in trace.calls
+        if call.substate and call.ioctl.startswith("KVM_SET" if written else "KVM_GET")
+    ]
+    assert moving[: own.ioctls] == [None] * own.ioctls
+    assert None not in moving[own.ioctls :]
+
+
+def test_at_init_the_chips_are_read_as_they_are_when_new(machine: Machine) -> None:
+    first, second = machine.ledger.records[:2]
+    assert (first.caller, first.parts[0].vcpu, first.parts[0].read) == ("init", None, (*CHIPS, "clock"))
+    assert [part.vcpu for part in second.parts] == list(range(VCPUS))  # new already: nothing to put

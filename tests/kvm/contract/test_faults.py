@@ -295,8 +295,6 @@ def outcome(scene: Scene, operation: Operation) -> str:
 def ledger_has(machine: Machine, target: Call, told: str) -> None:
     """The failed call stands in the ledger with what it did move."""
     ioctl, substate, vcpu = target
-    if vcpu is None:
-        return
     part = next(
         part for record in reversed(machine.ledger.records) for part in record.parts if part.vcpu == vcpu and part.error
     )
