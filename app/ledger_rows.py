@@ -51,6 +51,8 @@ def _moved(parts: Sequence[Part]) -> str:
     vcpus = [part for part in parts if part.vcpu is not None]
     machine = [part for part in parts if part.vcpu is None]
     words = [next((f"failed: {part.error}" for part in parts if part.error), "")]
+    if refused := dict.fromkeys(each for part in parts for each in part.tolerated):
+        words.append("tolerated: " + ", ".join(f"{name} {symbol}" for name, symbol in refused))
     for verb, names, own in (
         ("read", _names(part.read for part in vcpus), _names(part.read for part in machine)),
         ("wrote", _names(part.written for part in vcpus), _names(part.written for part in machine)),

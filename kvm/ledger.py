@@ -18,7 +18,8 @@ class Part:
 
     ``skipped``: substates that the level allows and that were left alone because their bytes hadn't changed.
     ``ioctls`` counts those made for state; ``began_ns`` is CLOCK_MONOTONIC. ``error`` says why it ended half-way: what
-    stands here was moved, the rest was not.
+    stands here was moved, the rest was not. ``tolerated``: substates that the kernel refused and the table goes on
+    without, each with the errno's name.
     """
 
     vcpu: int | None
@@ -29,6 +30,7 @@ class Part:
     began_ns: int = 0
     microseconds: float = 0.0
     error: str = ""
+    tolerated: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

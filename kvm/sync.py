@@ -179,9 +179,11 @@ def _part(
     skipped: tuple[str, ...] = (),
     ioctls: int,
     error: str = "",
+    tolerated: Sequence[SubstateError] = (),
 ) -> Part:
     microseconds = (time.monotonic_ns() - began) / 1000
-    return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error)
+    refused = tuple((each.substate, each.symbol) for each in tolerated)
+    return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error, refused)
 
 
 def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
@@ -210,17 +212,30 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
             skipped.append(name)
     written = tuple([row.name for row, _ in batch])
     try:
-        if batch:
-            vcpu.fd.put(batch)
+        tolerated = vcpu.fd.put(batch) if batch else ()
     except SubstateError as failure:
         error = failure.at(level)
-        moved, rest = written[: error.moved], written[error.moved :]
+        moved, rest = _without(written[: error.moved], error.tolerated), written[error.moved :]
         vcpu.known.update((name, vcpu.copy[name]) for name in moved)
-        for name in rest:
-            # The one that failed may have been written in part (MSRs), and one that had to follow another still has
-            # to, though its own bytes are the same: a retry must not skip them.
-            vcpu.known.pop(name, None)
-        return _part(vcpu, began, written=moved, ioctls=error.moved + 1, error=str(error)), error
+        _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
+        made = error.moved + 1
+        return _part(vcpu, began, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
+    if tolerated:
+        written = _without(written, tolerated)
+        _unknown(vcpu, [each.substate for each in tolerated])
     vcpu.gave_back(written, level)
     vcpu.dirty = False
-    return _part(vcpu, began, written=written, skipped=tuple(skipped), ioctls=len(batch)), None
+    skips = tuple(skipped)
+    return _part(vcpu, began, written=written, skipped=skips, ioctls=len(batch), tolerated=tolerated), None
+
+
+def _without(names: tuple[str, ...], failed: Sequence[SubstateError]) -> tuple[str, ...]:
+    substates = {each.substate for each in failed}
+    return tuple(name for name in names if name not in substates)
+
+
+def _unknown(vcpu: Vcpu, names: Sequence[str]) -> None:
+    """These were not written, or perhaps in part (MSRs), and one that had to follow another still has to, though its
+    own bytes are the same: the next put must not skip them."""
+    for name in names:
+        vcpu.known.pop(name, None)

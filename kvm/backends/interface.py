@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvm.errors import SubstateError
 from kvm.x86.structs import CpuidEntry
 from kvm.x86.substates import Substate
 
@@ -101,10 +102,10 @@ class VcpuFd(Protocol):
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         """Read these substates in this order, one batch. Raises SubstateError."""
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         """Write these substates in this order, one batch. Raises SubstateError; its ``moved`` counts those written.
 
-        A ``tolerated`` row's failure doesn't stop the batch.
+        A ``tolerated`` row's failure doesn't stop the batch: it's returned, or stands in the error's ``tolerated``.
         """
 
     def run(self, bus: Bus) -> Exit:

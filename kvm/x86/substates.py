@@ -62,6 +62,7 @@ class Substate:
     ioctl wants filled in (MSR indices, a chip's id). ``get``/``put`` are ioctl names, None where KVM has none:
     a row without a get has its truth in our copy only. ``by_value``: the ioctl's argument is the number itself.
     ``then``: rows that must be written again after this one. ``once``: refused by the kernel after the first run.
+    ``tolerated``: a put that fails stops nothing, and stands in the ledger; the kernel goes on with what it has.
     """
 
     name: str

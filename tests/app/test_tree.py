@@ -74,6 +74,12 @@ def test_the_vcpus_of_one_resume_are_one_row() -> None:
     assert rows[0].moved == "1 unchanged"
 
 
+def test_what_was_tolerated_is_said_once_before_what_moved() -> None:
+    parts = [Part(vcpu, written=("regs",), tolerated=(("tsc_khz", "EINVAL"),)) for vcpu in range(2)]
+    (row,) = ledger_rows([record(1, "cpu_synchronize_all_post_init", *parts)])
+    assert row.moved == "tolerated: tsc_khz EINVAL; wrote 1: regs"
+
+
 def test_a_part_that_failed_says_so_first() -> None:
     (row,) = ledger_rows([record(1, "before_run", Part(0, written=("sregs",), error="KVM_SET_MSRS refused"))])
     assert row.moved == "failed: KVM_SET_MSRS refused; wrote 1: sregs"

@@ -92,7 +92,7 @@ class SoftwareSystem:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """One row of a batch. Raises SubstateError, unless the row's failure is tolerated."""
+        """One row of a batch. Raises SubstateError."""
         error, detail = self.note(ioctl, row.name, vcpu), ""
         if not error:
             try:

@@ -19,7 +19,7 @@ from kvm.backends.software.lapic import BASE_ENABLED, Lapic
 from kvm.backends.software.msr import STORED, Msrs, Refused
 from kvm.backends.software.paging import Fault
 from kvm.backends.software.state import Invalid
-from kvm.errors import KvmError
+from kvm.errors import KvmError, SubstateError
 from kvm.x86.structs import (
     EVENT_VALID_NMI_PENDING,
     EVENT_VALID_SHADOW,
@@ -122,15 +122,23 @@ class SoftwareVcpu:
                 out.append(self.vm.system.move(row, row.get, len(out), self.index, _GET[row.get], self, row.template))
         return out
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         self._own()
+        tolerated: tuple[SubstateError, ...] = ()
         with self.vm.scheduler.attention():
             try:
                 for moved, (row, raw) in enumerate(rows):
                     assert row.put is not None, row.name
-                    self.vm.system.move(row, row.put, moved, self.index, _PUT[row.put], self, raw)
+                    try:
+                        self.vm.system.move(row, row.put, moved, self.index, _PUT[row.put], self, raw)
+                    except SubstateError as error:
+                        if not row.tolerated:
+                            error.tolerated = tolerated
+                            raise
+                        tolerated += (error,)
             finally:
                 self.engine.commit(flush=True)
+        return tolerated
 
     def kvmclock_ctrl(self) -> None:
         """There is no kvmclock here."""

@@ -198,9 +198,17 @@ class FaultyFd:
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         return [self._move(place, row, row.get, self._fd.get, row)[0] for place, row in enumerate(rows)]
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+        tolerated: tuple[SubstateError, ...] = ()
         for place, (row, raw) in enumerate(rows):
-            self._move(place, row, row.put, self._fd.put, (row, raw))
+            try:
+                tolerated += self._move(place, row, row.put, self._fd.put, (row, raw)) or ()
+            except SubstateError as error:
+                if not row.tolerated:
+                    error.tolerated = tolerated
+                    raise
+                tolerated += (error,)
+        return tolerated
 
     def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], what: Any) -> Any:
         assert ioctl is not None
