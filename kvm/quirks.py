@@ -105,6 +105,8 @@ PROBES = (
         msrs.TSC, "msrs_reset", "the guest's TSC goes on counting through reset and restore, apart on each VCPU", _FAR,
         lambda wanted, found: abs(found - wanted) < _FAR // 4,
     ),
+    _Probe("TSC offset", "tsc_offset", "the VCPUs' TSCs stand as far apart as the host has them", _FAR,
+           lambda raw: int.from_bytes(raw, "little"), lambda raw, value: value.to_bytes(8, "little")),
     _msr(0x2FF, "msrs_reset", _RESTORED, 0xC06),
     _Probe("local APIC's TPR", "lapic", _RESTORED, 0x50, *_lapic(_TPR)),
     _field("a pending NMI", "events", "one that waits while a checkpoint is taken is lost", 1, VcpuEvents,

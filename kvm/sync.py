@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvm.errors import SubstateError
 from kvm.ledger import Ledger, Part
 from kvm.levels import WritebackLevel
+from kvm.x86 import tsc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +118,7 @@ def _give_back(
 ) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    done = _after(chips.put(level) if chips else None, lambda: _on_all(vcpus, lambda vcpu: _put(vcpu, level)))
+    done = _after(chips.put(level) if chips else None, lambda: _put_all(vcpus, level))
     _record(ledger, hook, level, caller, done, began)
 
 
@@ -227,6 +229,31 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
     vcpu.dirty = False
     skips = tuple(skipped)
     return _part(vcpu, began, written=written, skipped=skips, ioctls=len(batch), tolerated=tolerated), None
+
+
+def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel) -> list[_Done]:
+    """VCPU 0 first, where TSC offsets can be set: it finds out what every VCPU's is to be (kvm/x86/tsc.py)."""
+    if "tsc_offset" not in vcpus[0].table.by_name:
+        return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    first = vcpus[0].run_on(lambda: _put_first(vcpus, level))
+    return [first] if first[1] else [first, *_on_all(vcpus[1:], lambda vcpu: _put(vcpu, level))]
+
+
+def _put_first(vcpus: Sequence[Vcpu], level: WritebackLevel) -> _Done:
+    began = time.monotonic_ns()
+    vcpu = vcpus[0]
+    rows = [vcpu.table.by_name[name] for name in tsc.FOUND_IN]
+    try:
+        now = dict(zip(tsc.FOUND_IN, vcpu.fd.get(rows), strict=True))
+    except SubstateError as error:
+        read = tsc.FOUND_IN[: error.moved]
+        return _part(vcpu, began, read=read, ioctls=error.moved + 1, error=str(error)), error
+    for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], now), strict=True):
+        each.copy["tsc_offset"] = offset
+    part, failure = _put(vcpu, level)
+    microseconds = (time.monotonic_ns() - began) / 1000
+    ioctls = len(rows) + part.ioctls
+    return replace(part, read=tsc.FOUND_IN, ioctls=ioctls, began_ns=began, microseconds=microseconds), failure
 
 
 def _without(names: tuple[str, ...], failed: Sequence[SubstateError]) -> tuple[str, ...]:

@@ -120,6 +120,8 @@ def _decoded(name: str, raw: bytes | None) -> dict[str, str]:
                                                             (entry.eax, entry.ebx, entry.ecx, entry.edx))
             for entry in unpack_cpuid(raw)
         }  # fmt: skip
+    if name in ("tsc_khz", "tsc_offset"):
+        return {"": hex(int.from_bytes(raw, "little"))}
     if name == "lapic":
         return {f"[{at:#05x}]": raw[at : at + 4][::-1].hex() for at in range(0, len(raw), 16)}
     kind = (Sregs2 if len(raw) == ctypes.sizeof(Sregs2) else Sregs) if name == "sregs" else _STRUCTS.get(name)

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import errno
 import itertools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
 from kvm.errors import SubstateError
+from kvm.x86.structs import MSR_ENTRY
 from kvm.x86.substates import Substate
 
 _ENTRY_BYTES = {"KVM_GET_MSRS": 16, "KVM_SET_MSRS": 16, "KVM_SET_CPUID2": 40}
 """Structs that are a u32 count, padded to 8 bytes, and that many entries."""
 
 _VARIABLE = frozenset(_ENTRY_BYTES)
+_ATTRIBUTE = frozenset({"KVM_GET_DEVICE_ATTR", "KVM_SET_DEVICE_ATTR"})
 _EXTENDED = frozenset({"KVM_SET_XSAVE"})
 """A shorter one (saved where the state has fewer components) is filled up with zeros: those are in their init state."""
-
-_MSR = struct.Struct("<I4xQ")
 
 
 class _Plan:
@@ -42,6 +41,7 @@ class _Plan:
             call.flags = (
                 (row.by_value and (lib.VD_TAKES_VALUE if put else lib.VD_GIVES_VALUE))
                 | (row.counted and lib.VD_COUNTED)
+                | (name in _ATTRIBUTE and lib.VD_TSC_OFFSET)
                 | (put and row.tolerated and lib.VD_TOLERATED)
             )
         self.tolerated = [place for place, row in enumerate(rows) if put and row.tolerated]
@@ -141,7 +141,7 @@ def _refused_msr(buffer: Any, plan: _Plan, row: int) -> str:
     """KVM stops at the first MSR that it refuses, and tells only how many came before it."""
     start, moved = plan.slices[row][0], plan.calls[row].result
     listed = _listed(plan, row, buffer)
-    index, value = _MSR.unpack_from(buffer, start + 8 + 16 * moved)
+    index, value = MSR_ENTRY.unpack_from(buffer, start + 8 + MSR_ENTRY.size * moved)
     wanted = f" = {value:#x}" if plan.names[row] == "KVM_SET_MSRS" else ""
     return f"MSR {index:#x}{wanted} refused, {moved} of {listed} moved"
 

@@ -327,6 +327,12 @@ class SoftwareVcpu:
             except Refused:
                 raise Invalid(f"MSR {index:#x} = {value:#x} refused, and none after it written") from None
 
+    def _get_tsc_offset(self, template: bytes) -> bytes:
+        return self.lapic.tsc_offset.to_bytes(8, "little")
+
+    def _put_tsc_offset(self, raw: bytes) -> None:
+        self.lapic.set_tsc_offset(int.from_bytes(raw, "little"))
+
     def _get_events(self, template: bytes) -> bytes:
         events = VcpuEvents.from_buffer_copy(self._events)
         events.interrupt_shadow = self._shadow if self.cpu.hflags & HF_INHIBIT_IRQ else 0
@@ -636,6 +642,7 @@ _GET: dict[str, Callable[[SoftwareVcpu, bytes], bytes]] = {
     "KVM_GET_XCRS": SoftwareVcpu._get_xcrs,
     "KVM_GET_LAPIC": SoftwareVcpu._get_lapic,
     "KVM_GET_MSRS": SoftwareVcpu._get_msrs,
+    "KVM_GET_DEVICE_ATTR": SoftwareVcpu._get_tsc_offset,
     "KVM_GET_VCPU_EVENTS": SoftwareVcpu._get_events,
     "KVM_GET_MP_STATE": SoftwareVcpu._get_mp_state,
     "KVM_GET_DEBUGREGS": SoftwareVcpu._get_debugregs,
@@ -649,6 +656,7 @@ _PUT: dict[str, Callable[[SoftwareVcpu, bytes], None]] = {
     "KVM_SET_XCRS": SoftwareVcpu._put_xcrs,
     "KVM_SET_LAPIC": SoftwareVcpu._put_lapic,
     "KVM_SET_MSRS": SoftwareVcpu._put_msrs,
+    "KVM_SET_DEVICE_ATTR": SoftwareVcpu._put_tsc_offset,
     "KVM_SET_VCPU_EVENTS": SoftwareVcpu._put_events,
     "KVM_SET_MP_STATE": SoftwareVcpu._put_mp_state,
     "KVM_SET_DEBUGREGS": SoftwareVcpu._put_debugregs,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvm.backends.interface import PAGE_SIZE, ExitKind, IoctlTrace
+from kvm.backends.kernel.library import lib
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.system import KernelSystem
 from kvm.errors import KvmError, SubstateError
@@ -165,6 +166,22 @@ def test_numbers_by_value_and_tolerated_failures(guest: Guest) -> None:
         guest.vcpu.put([regs, (row, impossible), events, (row, impossible)])
     assert failed.value.moved == 2
     assert [each.substate for each in failed.value.tolerated] == ["tsc_khz"]
+
+
+def test_the_tsc_offset_is_a_device_attribute_behind_a_pointer(guest: Guest) -> None:
+    """Linux 828ca89628bf brought the capability to x86 with this attribute: the one tells of the other."""
+    row = guest.table.by_name.get("tsc_offset")
+    has_device_attr = 0x4018AEE3
+    attribute = bytes(24)  # struct kvm_device_attr: group KVM_VCPU_TSC_CTRL, attribute KVM_VCPU_TSC_OFFSET
+    there = lib.vd_ioctl(guest.vcpu._fd.number, has_device_attr, attribute) == 0
+    assert there is (row is not None)
+    if row is None:
+        pytest.skip("this kernel has no TSC offsets")
+    regs = guest.table.by_name["regs"]
+    raw = guest.vcpu.get([replace(row, template=b"unwritten"[:8]), regs])[0]
+    assert raw != b"unwritten"[:8]
+    guest.vcpu.put([(row, raw), (regs, bytes(Regs(rax=0x77, rflags=2)))])
+    assert (guest.get("tsc_offset"), guest.regs().rax) == (raw, 0x77)
 
 
 def test_a_tolerated_partial_msr_put_names_the_msr(guest: Guest) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,12 @@ def makes_progress(machine: Machine, instructions: int = 2000) -> None:
 
     start = counted()
     until(lambda: counted() - start & 0xFFFFFFFF > instructions)
+
+
+def tsc_distances(vcpus: Sequence[Mapping[str, bytes]]) -> list[int]:
+    """How far each VCPU's TSC is from VCPU 0's; none where there are no offsets."""
+    offsets = [int.from_bytes(vcpu.get("tsc_offset", b""), "little") for vcpu in vcpus]
+    return [offset - offsets[0] & (1 << 64) - 1 for offset in offsets]
 
 
 def synchronize(machine: Machine, vcpu: int = 0) -> Vcpu:

@@ -23,6 +23,7 @@ from kvm.levels import WritebackLevel
 from kvm.machine import Machine, Phase
 from kvm.snapshot.state import Checkpoint, MachineState
 from kvm.vcpu import Reply, Vcpu
+from kvm.x86 import tsc
 from kvm.x86.structs import Xcrs, pack_msrs, unpack_msrs
 from tests.kvm.contract.lab import (
     FULL,
@@ -311,6 +312,31 @@ def ledger_has(machine: Machine, target: Call, told: str) -> None:
     assert part.ioctls == len(moved) + 1
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=tsc.FOUND_IN)
+@pytest.mark.parametrize("name", ["reset", "load"])
+def test_nothing_is_put_while_it_is_not_known_what_the_tsc_is(scene: Scene, name: str, place: int) -> None:
+    """VCPU 0's look at its TSC, on which all VCPUs' offsets depend."""
+    operation, machine = OPERATIONS[name], scene.machine
+    if "tsc_offset" not in machine.table.by_name:
+        pytest.skip("this kernel has no TSC offsets")
+    row = machine.table.by_name[tsc.FOUND_IN[place]]
+    operation.before(scene)
+    if name == "reset":
+        machine.save()  # so that the look is the first read
+    scene.failing.arm((str(row.get), row.name, 0), errno.EIO)
+    with pytest.raises(SubstateError, match=f"VCPU 0: {row.get}"):
+        operation.do(scene)
+    assert machine.status.phase is STOPPED
+    assert all(vcpu.dirty for vcpu in machine.vcpus)
+    own, first = machine.ledger.records[-1].parts
+    assert (own.vcpu, own.error) == (None, "")
+    assert (first.read, first.written, first.ioctls) == (tsc.FOUND_IN[:place], (), place + 1)
+    assert row.name in first.error
+    operation.do(scene)
+    run_and_pause(scene)
+    assert scene.marks() == {operation.mark}
+
+
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
 def test_every_errno_ends_alike(scene: Scene, number: int) -> None:
     for name in ("run", "reset", "load", "save"):
@@ -392,7 +418,7 @@ def test_what_a_kernel_refuses_and_the_table_tolerates_is_told(
         assert (part.tolerated, part.error) == ((("xcrs", "EINVAL"),), "")
         assert "xcrs" not in part.written
         assert part.written[-1] == "msrs" if level is RUNTIME else part.written[-1] == "debugregs"
-        assert part.ioctls == len(part.written) + 1
+        assert part.ioctls == len(part.read) + len(part.written) + 1
         assert '"tolerated": [["xcrs", "EINVAL"]]' in record.as_json()
         vcpu = synchronize(machine)
         assert (vcpu.copy["xcrs"], vcpu.copy["msrs"]) == (own["xcrs"], new_msrs)

@@ -48,6 +48,7 @@ from tests.kvm.contract.lab import (
     put_bytes,
     synchronize,
     take_interrupts,
+    tsc_distances,
     whole,
     with_get_order,
     with_rows,
@@ -326,6 +327,7 @@ class ContractModel(RuleBasedStateMachine):
                 assert (
                     same(self.kernel[index], expected, ("lapic", "mp_state", "msrs_reset", "xsave", "debugregs")) == []
                 )
+                assert self.kernel[index]["tsc_offset"] == self.kernel[0]["tsc_offset"]
                 # A SIPI may stay latched, but no VCPU waits for one now, and it's dropped when looked at.
                 assert not self.kernel[index]["latched"][0]
             if was_running:
@@ -388,8 +390,9 @@ class ContractModel(RuleBasedStateMachine):
             self.half_done = False
             self.written(3)
             for index, given in enumerate(state.vcpus):
-                names = [row.name for row in self.machine.table.get_order if row.name != "events"]
+                names = [row.name for row in self.machine.table.get_order if row.name not in ("events", "tsc_offset")]
                 assert same(self.kernel[index], given, names) == []
+            assert tsc_distances(self.kernel) == tsc_distances(state.vcpus)
         else:
             self.failed_in_all()
 
