@@ -94,9 +94,11 @@ class Machine:
         """Machine init: what fresh VCPUs and chips hold is the base of every later reset."""
         supported = self.system.cpuid()
         deadline = self.system.caps["KVM_CAP_TSC_DEADLINE_TIMER"] > 0
-        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self._chips)
         for vcpu in self.vcpus:
             vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
+        # Before the first read: it decides what else there is, and which MSRs KVM lets be read (before Linux 6.13).
+        sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
+        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self._chips)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
         self._fresh_chips = self._chips.copy
         self._load_image()

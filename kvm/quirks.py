@@ -124,10 +124,10 @@ def ignored(system: System) -> tuple[Ignored, ...]:
         fd = vm.create_vcpu(0)
         try:
             rows = table.get_order
+            own = cpuid.for_vcpu(system.cpuid(), 0, 1, tsc_deadline=False)
+            fd.put([(table.by_name["cpuid"], own)])
             fresh = dict(zip((row.name for row in rows), fd.get(rows), strict=True))
-            fresh["cpuid"] = cpuid.for_vcpu(system.cpuid(), 0, 1, tsc_deadline=False)
-            state = reset_state(fresh, 0)
-            fd.put([(table.by_name["cpuid"], state["cpuid"])])
+            state = reset_state({**fresh, "cpuid": own}, 0)
             return tuple(Ignored(probe.what, probe.lost) for probe in PROBES if _is_ignored(probe, fd, table, state))
         finally:
             fd.close()

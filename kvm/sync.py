@@ -233,7 +233,7 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
 
 def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel) -> list[_Done]:
     """VCPU 0 first, where TSC offsets can be set: it finds out what every VCPU's is to be (kvm/x86/tsc.py)."""
-    if "tsc_offset" not in vcpus[0].table.by_name:
+    if not vcpus[0].dirty or "tsc_offset" not in vcpus[0].table.by_name:
         return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
     first = vcpus[0].run_on(lambda: _put_first(vcpus, level))
     return [first] if first[1] else [first, *_on_all(vcpus[1:], lambda vcpu: _put(vcpu, level))]

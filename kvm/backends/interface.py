@@ -198,7 +198,8 @@ class System(Protocol):
     def caps(self) -> Mapping[str, int]:
         """Capability names (``KVM_CAP_…``) to their values, 0 where lacking."""
 
-    def msr_list(self) -> tuple[int, ...]: ...
+    def msr_list(self) -> tuple[int, ...]:
+        """The MSRs that can be read and put back, of those that KVM_GET_MSR_INDEX_LIST names. Raises KvmError."""
 
     def cpuid(self) -> list[CpuidEntry]:
         """What this backend can offer to guests, its own broken features already masked."""

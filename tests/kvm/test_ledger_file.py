@@ -84,7 +84,7 @@ def test_every_hook_of_a_machine(system: System, tmp_path: Path) -> None:
             machine.restore(machine.checkpoint())
         assert lines(tmp_path / "ledger") == [json.loads(record.as_json()) for record in machine.ledger.records]
         hooks = [line["hook"] for line in lines(tmp_path / "ledger")]
-    assert hooks[:2] == ["cpu_synchronize_all_states", "cpu_synchronize_all_post_init"]
+    assert hooks[1:3] == ["cpu_synchronize_all_states", "cpu_synchronize_all_post_init"]
     assert {"cpu_synchronize_state", "cpu_synchronize_all_post_reset", "cpu_synchronize_all_pre_loadvm"} <= {*hooks}
 
 

@@ -206,6 +206,15 @@ def test_an_all_cpu_hook_moves_the_machines_own_first_in_the_same_record(  # typ
 
 
 def test_at_init_the_chips_are_read_as_they_are_when_new(machine: Machine) -> None:
-    first, second = machine.ledger.records[:2]
-    assert (first.caller, first.parts[0].vcpu, first.parts[0].read) == ("init", None, (*CHIPS, "clock"))
-    assert [part.vcpu for part in second.parts] == list(range(VCPUS))  # new already: nothing to put
+    _, second, third = machine.ledger.records[:3]
+    assert (second.caller, second.parts[0].vcpu, second.parts[0].read) == ("init", None, (*CHIPS, "clock"))
+    assert [part.vcpu for part in third.parts] == list(range(VCPUS))  # new already: nothing to put
+
+
+def test_at_init_the_cpuid_comes_before_the_first_read(machine: Machine) -> None:
+    """KVM before Linux 6.13 refuses reads of MSRs that it lists and the CPUID lacks: without any, most of VMX's."""
+    first = machine.ledger.records[0]
+    assert (first.hook, first.level) == ("cpu_synchronize_all_post_init", WritebackLevel.FULL)
+    assert [(part.vcpu, part.read, part.written) for part in first.parts] == [
+        (vcpu, (), ("cpuid",)) for vcpu in range(VCPUS)
+    ]
