@@ -49,7 +49,7 @@ class Machine:
     """
 
     def __init__(self, system: System, image: BootImage, config: MachineConfig) -> None:
-        config.check(system.caps["KVM_CAP_MAX_VCPUS"])
+        config.check(system.caps)
         self.system = system
         self.image = image
         self.config = config
@@ -167,6 +167,8 @@ class Machine:
         A VCPU that waits (HLT, wait-for-SIPI) doesn't step: its exit is KICKED. Raises MachineError, KvmError.
         """
         with self._operation("step", whole=True):
+            if "guest_debug" not in self.table.by_name:
+                raise MachineError("Can't step: this KVM lacks single step (KVM_CAP_SET_GUEST_DEBUG).")
             self._stop_all()
             self._ran = True
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)

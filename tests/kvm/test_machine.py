@@ -313,7 +313,7 @@ def test_impossible_vcpu_counts(system: System, tmp_path: Path, vcpus: int) -> N
 @pytest.mark.parametrize("memory", [0, 4096, (1 << 20) + 1, 1 << 60])
 def test_impossible_memory(memory: int) -> None:
     with pytest.raises(ConfigError, match="memory"):
-        MachineConfig(1, memory).check(8)
+        MachineConfig(1, memory).check({"KVM_CAP_MAX_VCPUS": 8})
 
 
 def test_memory_outside_of_ram_is_an_error(system: System, tmp_path: Path) -> None:
