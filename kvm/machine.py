@@ -225,8 +225,7 @@ class Machine:
         """
         with self._operation("load"):
             check(state, self.table, self._chips.rows, len(self.vcpus))
-            self._pause_for("load")
-            self._load(state)
+            self._load(state, self._pause_for("load"))
             self._set_status(Status(Phase.PAUSED, "loaded"))
 
     def checkpoint(self, name: str = "") -> Checkpoint:
@@ -245,9 +244,9 @@ class Machine:
         with self._operation("restore"):
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
-            self._stop_all()
+            skew = self._stop_all()
             self._pages.put_back(checkpoint.index)
-            self._load(checkpoint.state)
+            self._load(checkpoint.state, skew)
             self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
@@ -546,13 +545,13 @@ class Machine:
         )
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self._chips.copy, devices)
 
-    def _load(self, state: MachineState) -> None:
+    def _load(self, state: MachineState, skew_us: float = 0.0) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
         self.board.check(state.devices)
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
-            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
+            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us)
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)

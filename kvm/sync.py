@@ -91,7 +91,7 @@ def cpu_synchronize_all_post_init(
     _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller, chips)
 
 
-def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
+def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
     """Let every copy own its VCPU's state without reading it.
 
     All of it is about to be loaded: a read later on, by a device that loads, would clobber what was loaded before
@@ -102,7 +102,7 @@ def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, cal
     parts = [Part(vcpu.index) for vcpu in vcpus]
     for vcpu in vcpus:
         vcpu.dirty = True
-    ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, 0.0)
+    ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, skew_us)
 
 
 def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:

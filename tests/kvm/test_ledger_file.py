@@ -57,6 +57,13 @@ def test_a_record_as_json_has_all_its_fields() -> None:
     assert json.loads(ledger.records[1].as_json())["level"] is None
 
 
+def test_the_ledger_keeps_the_newest_and_counts_all() -> None:
+    ledger = Ledger(limit=3)
+    add(ledger, 5)
+    assert [record.number for record in ledger.records] == [3, 4, 5]
+    assert ledger.total == 5
+
+
 def test_records_from_before_and_after_the_file_was_opened(tmp_path: Path) -> None:
     path, ledger = tmp_path / "ledger", Ledger()
     path.write_text("what was there")

@@ -14,7 +14,7 @@ from kvm.levels import WritebackLevel
 from kvm.machine import Machine
 from kvm.x86 import tsc
 from kvm.x86.structs import Regs
-from tests.kvm.contract.lab import Tracing
+from tests.kvm.contract.lab import Tracing, inject, makes_progress
 from tests.kvm.machines import COUNT, build, until
 
 VCPUS = 3
@@ -141,6 +141,35 @@ def test_reset_and_full_refuse_while_a_vcpu_runs(machine: Machine) -> None:
     machine.pause()
 
 
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("how", ["reset", "load", "restore"])
+def test_nothing_runs_while_reset_or_full_is_put(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, guarded: bool, how: str
+) -> None:
+    checkpoint = machine.checkpoint()
+    machine.run()
+    makes_progress(machine)
+    if not guarded:
+        monkeypatch.setattr(Machine, "_stop_all", lambda machine: 0.0)
+        monkeypatch.setattr(sync, "_assert_stopped", lambda vcpus: None)
+    ran: list[set[int]] = []
+
+    def look(ioctl: str, substate: str, vcpu: int | None) -> int:
+        if "_SET_" in ioctl and (vcpu is None or machine.table.by_name[substate].level > WritebackLevel.RUNTIME):
+            ran.append({each.index for each in machine.vcpus if each.running})
+        return 0
+
+    inject(machine, look)
+    if how == "reset":
+        machine.reset()
+    elif how == "load":
+        machine.load(checkpoint.state)
+    else:
+        machine.restore(checkpoint)
+    assert len(ran) > VCPUS
+    assert any(ran) is not guarded
+
+
 def test_only_the_hooks_move_state(machine: Machine) -> None:
     """Every get or put in a busy minute of a machine's life stands in the ledger, VCPU by VCPU, in order.
 
@@ -165,6 +194,28 @@ def test_only_the_hooks_move_state(machine: Machine) -> None:
         moved = trace.moved(vcpu)
         assert [name for _, name in moved] == told
         assert sum(part.ioctls for part in parts) == len(moved) > 0
+
+
+def test_a_record_says_who_called_and_how_far_apart_the_vcpus_stopped(machine: Machine) -> None:
+    checkpoint = machine.checkpoint()
+    state = checkpoint.state
+    calls = [
+        ("save", "all_states", machine.save),
+        ("reset", "all_states", machine.reset),
+        ("load", "all_pre_loadvm", lambda: machine.load(state)),
+        ("load", "all_pre_loadvm", lambda: machine.restore(checkpoint)),
+    ]
+    for caller, hook, call in calls:
+        for running in (True, False):
+            machine.run() if running else machine.pause()
+            before = machine.ledger.total
+            call()
+            records = [each for each in machine.ledger.records if each.number > before and each.hook.endswith(hook)]
+            (record,) = [each for each in records if each.caller == caller]
+            assert (record.skew_us > 0) is running
+            assert record.microseconds > 0
+    machine.edit(1, "rax", 1)
+    assert (machine.ledger.records[-1].caller, machine.ledger.records[-1].hook) == ("edit", "cpu_synchronize_state")
 
 
 CHIPS = ("pic_master", "pic_slave", "ioapic", "pit")
