@@ -11,6 +11,7 @@ import pytest
 
 from kvm import sync
 from kvm.backends.interface import Bus, Exit, IoctlTrace, VcpuFd, Vm
+from kvm.chips import Chips
 from kvm.errors import KvmError, SubstateError
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
@@ -231,6 +232,12 @@ class FaultyFd:
             raise KvmError("KVM_RUN", number, vcpu=self._index)
         ended: Exit = self._fd.run(bus)
         return ended
+
+
+def inject_from_the_start(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """The same for machines that are built from now on."""
+    monkeypatch.setattr("kvm.machine.Vcpu", lambda fd, *rest: Vcpu(FaultyFd(fd, fault), *rest))  # type: ignore[arg-type]
+    monkeypatch.setattr("kvm.machine.Chips", lambda vm, caps: Chips(FaultyFd(vm, fault), caps))  # type: ignore[arg-type]
 
 
 def inject(machine: Machine, fault: Fault) -> None:
