@@ -14,7 +14,10 @@ import pytest
 
 from kvm import sync
 from kvm.backends.interface import Exit, System
+from kvm.backends.kernel.library import lib
+from kvm.backends.kernel.vcpu import KernelVcpuFd
 from kvm.backends.software.system import SoftwareSystem
+from kvm.backends.software.vcpu import SoftwareVcpu
 from kvm.errors import MachineError
 from kvm.ledger import Ledger
 from kvm.machine import Machine, Phase
@@ -315,21 +318,43 @@ def test_bug_06_a_vcpu_that_never_ran_can_be_synchronised(
 # 7: a put on the wrong thread
 
 
-def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(system: System, tmp_path: Path) -> None:
+@guarded
+def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    if not guarded:
+        do_where_asked(monkeypatch)
     with build(system, tmp_path, COUNT, vcpus=3) as machine:
         with Tracing(machine) as trace:
             machine.run()
             machine.pause()
-            machine.step()
+            machine.step(0)
             machine.reset()
             machine.restore(machine.checkpoint())
             machine.edit(2, "rip", 0x1000)
             machine.run()
             machine.pause()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for vcpu in machine.vcpus:
-            assert {names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"}
+        own = [{names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"} for vcpu in machine.vcpus]
+        assert own == [guarded] * 3
         assert {"KVM_RUN"} <= {call.ioctl for call in trace.calls}
+
+
+def do_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped VCPU's state moved by whoever wants it moved, and fds that don't mind."""
+    for fd in (SoftwareVcpu, KernelVcpuFd):
+        monkeypatch.setattr(fd, "bind", lambda fd: lib.vd_bind(fd.mapping) if isinstance(fd, KernelVcpuFd) else None)
+    real = Vcpu.post
+
+    def post(vcpu: Vcpu, work: Callable[[], Any]) -> Reply[Any]:
+        if vcpu.running or work in (vcpu._resume, vcpu._stop, vcpu._step):
+            return real(vcpu, work)
+        reply: Reply[Any] = Reply(vcpu.index)
+        result = work()
+        reply.deliver(lambda: result)
+        return reply
+
+    monkeypatch.setattr(Vcpu, "post", post)
 
 
 def test_bug_07_an_ioctl_from_another_thread_is_refused(system: System, tmp_path: Path) -> None:
