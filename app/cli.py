@@ -215,7 +215,7 @@ def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, ad
 
     config = MachineConfig(vcpus=vcpus, memory=memory)
     with closing(open_system(backend)) as system:
-        config.check(system.caps["KVM_CAP_MAX_VCPUS"])
+        config.check(system.caps)
         boot_image = loader.load(image, memory=memory, format=format, address=address)
         with Machine(system, boot_image, config) as machine:
             yield machine

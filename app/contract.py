@@ -63,6 +63,8 @@ def _last_moves(records: Sequence[Record], vcpu: int) -> Iterator[tuple[str, str
                 for verb, names in (("unchanged", part.skipped), ("read", part.read), ("written", part.written)):
                     for name in names:
                         yield name, f"{verb}{at} for {record.caller} ({hook})"
+                for name, errno in part.tolerated:
+                    yield name, f"{errno}, tolerated{at} for {record.caller}"
 
 
 def _row(place: str, row: Substate, get: str, last: str, due: bool, width: int) -> list[Line]:

@@ -104,11 +104,18 @@ def _extension() -> str:
 
 def _kernel_rows(system: System) -> None:
     from kvm.backends.kernel.capabilities import CAPABILITIES
+    from kvm.backends.kernel.system import KernelSystem
     from kvm.quirks import ignored
+    from kvm.x86 import msrs
 
     _section(
         "KVM's capabilities, their values, and what each is for or what is lost without it",
         [(name, str(system.caps[name] or "MISSING"), lost) for name, lost in CAPABILITIES.items()],
+    )
+    assert isinstance(system, KernelSystem)
+    _section(
+        "MSRs that this KVM lists and then refuses: they are in no saved state",
+        [(msrs.NAMES.get(index, hex(index)),) for index in system.refused_msrs()] or [("none",)],
     )
     _section(
         "What this KVM accepts and then ignores",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvm.ledger import Part, Record
 from widgets.ledger import LedgerEntry
@@ -15,7 +15,7 @@ def ledger_rows(records: Sequence[Record]) -> list[LedgerEntry]:
     ``before_run`` is each VCPU's own: those of one resume stand together, until a VCPU comes a second time.
     """
     groups: list[list[Record]] = []
-    resumed: set[int] = set()
+    resumed: set[int | None] = set()
     for record in records:
         vcpus = {part.vcpu for part in record.parts}
         if record.hook == "before_run" and groups and groups[-1][0].hook == record.hook and not vcpus & resumed:
@@ -37,7 +37,7 @@ def _row(group: Sequence[Record]) -> LedgerEntry:
         hook=first.hook.removeprefix("cpu_synchronize_"),
         level=first.level.name if first.level else "",
         caller=first.caller,
-        vcpus=len(parts),
+        vcpus=sum(part.vcpu is not None for part in parts),
         ioctls=sum(part.ioctls for part in parts),
         microseconds=sum(record.microseconds for record in group),
         skew_us=first.skew_us,
@@ -46,12 +46,24 @@ def _row(group: Sequence[Record]) -> LedgerEntry:
 
 
 def _moved(parts: Sequence[Part]) -> str:
-    """Which substates moved, in any of the VCPUs, in the order in which they did; those left alone only in number."""
+    """Which substates moved, in any of the VCPUs and then of the VM's own, in the order in which they did; those left
+    alone only in number."""
+    vcpus = [part for part in parts if part.vcpu is not None]
+    machine = [part for part in parts if part.vcpu is None]
     words = [next((f"failed: {part.error}" for part in parts if part.error), "")]
-    for verb, rows in (("read", [part.read for part in parts]), ("wrote", [part.written for part in parts])):
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        if names:
-            words.append(f"{verb} {len(names)}: {' '.join(names)}")
+    if refused := dict.fromkeys(each for part in parts for each in part.tolerated):
+        words.append("tolerated: " + ", ".join(f"{name} {symbol}" for name, symbol in refused))
+    for verb, names, own in (
+        ("read", _names(part.read for part in vcpus), _names(part.read for part in machine)),
+        ("wrote", _names(part.written for part in vcpus), _names(part.written for part in machine)),
+    ):
+        counts = [str(len(names))] * bool(names) + [f"VM {len(own)}"] * bool(own)
+        if counts:
+            words.append(f"{verb} {' + '.join(counts)}: {' '.join([*names, *own])}")
     if unchanged := max((len(part.skipped) for part in parts), default=0):
         words.append(f"{unchanged} unchanged")
     return "; ".join(word for word in words if word) or "moved nothing"
+
+
+def _names(rows: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))

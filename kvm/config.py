@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvm.backends.interface import PAGE_SIZE
@@ -16,8 +17,10 @@ class MachineConfig:
     vcpus: int = 1
     memory: int = 64 << 20
 
-    def check(self, max_vcpus: int) -> None:
-        """Raise ConfigError for a machine that can't be."""
+    def check(self, caps: Mapping[str, int]) -> None:
+        """Raise ConfigError for a machine that can't be, on a system with these capabilities."""
+        # api.rst, 4.7: the recommended number where no other is told, and 4 where none is
+        max_vcpus = caps["KVM_CAP_MAX_VCPUS"] or caps["KVM_CAP_NR_VCPUS"] or 4
         if not 1 <= self.vcpus <= max_vcpus:
             raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
         if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:

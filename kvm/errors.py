@@ -35,8 +35,8 @@ class MemoryAccessError(VmdeckError):
 class KvmError(VmdeckError):
     """An ioctl failed.
 
-    ``ioctl`` is its name, ``errno`` its error, ``vcpu`` the VCPU's index (None for the VM and the system),
-    ``detail`` what it was about.
+    ``ioctl`` is its name, ``errno`` its error ("EINVAL": ``symbol``), ``vcpu`` the VCPU's index (None for the VM and
+    the system), ``detail`` what it was about.
     """
 
     def __init__(self, ioctl: str, errno: int, *, vcpu: int | None = None, detail: str = "") -> None:
@@ -46,14 +46,15 @@ class KvmError(VmdeckError):
         self.detail = detail
         where = "" if vcpu is None else f"VCPU {vcpu}: "
         what = f" ({detail})" if detail else ""
-        name = _errno.errorcode.get(errno, str(errno))
-        super().__init__(f"{where}{ioctl}{what} failed: {name}, {os.strerror(errno)}")
+        self.symbol = _errno.errorcode.get(errno, str(errno))
+        super().__init__(f"{where}{ioctl}{what} failed: {self.symbol}, {os.strerror(errno)}")
 
 
 class SubstateError(KvmError):
     """A get or put of one substate failed; those before it in the batch were moved, it and the rest were not.
 
-    ``moved`` counts the substates of the batch that were moved; ``level`` is the put's, None for a get.
+    ``moved`` counts the substates of the batch that were moved, or whose failure the table tolerates: ``tolerated`` has
+    those. ``level`` is the put's, None for a get.
     """
 
     def __init__(
@@ -72,13 +73,16 @@ class SubstateError(KvmError):
         self.substate = substate
         self.moved = moved
         self.level = level
+        self.tolerated: tuple[SubstateError, ...] = ()
         self._about = detail
 
     def at(self, level: WritebackLevel) -> SubstateError:
         """The same error, of a put at this level."""
-        return SubstateError(
+        error = SubstateError(
             self.substate, self.moved, self.ioctl, self.errno, vcpu=self.vcpu, detail=self._about, level=level
         )
+        error.tolerated = self.tolerated
+        return error
 
 
 class SnapshotError(VmdeckError):

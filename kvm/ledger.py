@@ -1,4 +1,4 @@
-"""The ledger: one record for every time a hook moved, or could have moved, VCPU state."""
+"""The ledger: one record for every time a hook moved, or could have moved, state: the VCPUs' and the machine's own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from kvm.levels import WritebackLevel
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One VCPU's part of a hook, done on its own thread.
+    """One VCPU's part of a hook, done on its own thread; or the machine's own (``vcpu`` is None): its chips and clock.
 
     ``skipped``: substates that the level allows and that were left alone because their bytes hadn't changed.
     ``ioctls`` counts those made for state; ``began_ns`` is CLOCK_MONOTONIC. ``error`` says why it ended half-way: what
-    stands here was moved, the rest was not.
+    stands here was moved, the rest was not. ``tolerated``: substates that the kernel refused and the table goes on
+    without, each with the errno's name.
     """
 
-    vcpu: int
+    vcpu: int | None
     read: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class Part:
     began_ns: int = 0
     microseconds: float = 0.0
     error: str = ""
+    tolerated: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Record:
     level: WritebackLevel | None
     caller: str
     parts: tuple[Part, ...]
+    """The machine's own first, where the hook moved it; then the VCPUs'."""
     microseconds: float
     skew_us: float
 

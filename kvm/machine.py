@@ -20,7 +20,6 @@ from kvm.config import MachineConfig
 from kvm.devices.board import Board
 from kvm.errors import KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
-from kvm.levels import WritebackLevel
 from kvm.memory import Memory
 from kvm.snapshot.chain import open_chain
 from kvm.snapshot.checkpoints import Checkpoints
@@ -50,7 +49,7 @@ class Machine:
     """
 
     def __init__(self, system: System, image: BootImage, config: MachineConfig) -> None:
-        config.check(system.caps["KVM_CAP_MAX_VCPUS"])
+        config.check(system.caps)
         self.system = system
         self.image = image
         self.config = config
@@ -92,13 +91,16 @@ class Machine:
         self._power_on()
 
     def _power_on(self) -> None:
-        """Machine init: what a fresh VCPU holds is the base of every later reset."""
+        """Machine init: what fresh VCPUs and chips hold is the base of every later reset."""
         supported = self.system.cpuid()
         deadline = self.system.caps["KVM_CAP_TSC_DEADLINE_TIMER"] > 0
-        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init")
         for vcpu in self.vcpus:
             vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
+        # Before the first read: it decides what else there is, and which MSRs KVM lets be read (before Linux 6.13).
+        sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
+        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self.chips)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
+        self._fresh_chips = self.chips.copy
         self._load_image()
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
@@ -165,6 +167,8 @@ class Machine:
         A VCPU that waits (HLT, wait-for-SIPI) doesn't step: its exit is KICKED. Raises MachineError, KvmError.
         """
         with self._operation("step", whole=True):
+            if "guest_debug" not in self.table.by_name:
+                raise MachineError("Can't step: this KVM lacks single step (KVM_CAP_SET_GUEST_DEBUG).")
             self._stop_all()
             self._ran = True
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
@@ -199,10 +203,10 @@ class Machine:
             self._forget_reasons()
             with self._all_or_stopped("reset"):
                 self.board.reset()
-                self.chips.put(self.chips.fresh, WritebackLevel.RESET)
                 self._load_image()
                 self._reset_copies()
-                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset")
+                self.chips.copy = self._fresh_chips
+                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self.chips)
             self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
             if was_running:
@@ -221,8 +225,7 @@ class Machine:
         """
         with self._operation("load"):
             check(state, self.table, self.chips.rows, len(self.vcpus))
-            self._pause_for("load")
-            self._load(state)
+            self._load(state, self._pause_for("load"))
             self._set_status(Status(Phase.PAUSED, "loaded"))
 
     def checkpoint(self, name: str = "") -> Checkpoint:
@@ -241,9 +244,9 @@ class Machine:
         with self._operation("restore"):
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
-            self._stop_all()
+            skew = self._stop_all()
             self._pages.put_back(checkpoint.index)
-            self._load(checkpoint.state)
+            self._load(checkpoint.state, skew)
             self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
@@ -346,7 +349,7 @@ class Machine:
                 shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
                          "bytes of ROM": len(self.image.rom)}  # fmt: skip
                 state, losses = self.files.fit(
-                    chain, shape, self.table, self.chips.rows, (self._fresh, self.chips.fresh),
+                    chain, shape, self.table, self.chips.rows, (self._fresh, self._fresh_chips),
                     ran=self._ran, drop=drop,
                 )  # fmt: skip
                 mapped = self.files.map(chain)
@@ -575,22 +578,23 @@ class Machine:
     def _save(self, skew_us: float) -> MachineState:
         """All stand: devices first, so that what they still owe a VCPU is in its state."""
         devices = self.board.save()
-        machine = self.chips.get()
-        sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us)
-        return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), machine, devices)
+        sync.cpu_synchronize_all_states(
+            self.vcpus, ledger=self.ledger, caller="save", skew_us=skew_us, chips=self.chips
+        )
+        return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, devices)
 
-    def _load(self, state: MachineState) -> None:
+    def _load(self, state: MachineState, skew_us: float = 0.0) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
         self.board.check(state.devices)
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
-            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load")
+            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us)
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
-            self.chips.put(state.machine, WritebackLevel.FULL)
-            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load")
+            self.chips.copy = dict(state.machine)
+            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load", chips=self.chips)
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""

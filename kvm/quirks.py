@@ -105,6 +105,8 @@ PROBES = (
         msrs.TSC, "msrs_reset", "the guest's TSC goes on counting through reset and restore, apart on each VCPU", _FAR,
         lambda wanted, found: abs(found - wanted) < _FAR // 4,
     ),
+    _Probe("TSC offset", "tsc_offset", "the VCPUs' TSCs stand as far apart as the host has them", _FAR,
+           lambda raw: int.from_bytes(raw, "little"), lambda raw, value: value.to_bytes(8, "little")),
     _msr(0x2FF, "msrs_reset", _RESTORED, 0xC06),
     _Probe("local APIC's TPR", "lapic", _RESTORED, 0x50, *_lapic(_TPR)),
     _field("a pending NMI", "events", "one that waits while a checkpoint is taken is lost", 1, VcpuEvents,
@@ -122,10 +124,10 @@ def ignored(system: System) -> tuple[Ignored, ...]:
         fd = vm.create_vcpu(0)
         try:
             rows = table.get_order
+            own = cpuid.for_vcpu(system.cpuid(), 0, 1, tsc_deadline=False)
+            fd.put([(table.by_name["cpuid"], own)])
             fresh = dict(zip((row.name for row in rows), fd.get(rows), strict=True))
-            fresh["cpuid"] = cpuid.for_vcpu(system.cpuid(), 0, 1, tsc_deadline=False)
-            state = reset_state(fresh, 0)
-            fd.put([(table.by_name["cpuid"], state["cpuid"])])
+            state = reset_state({**fresh, "cpuid": own}, 0)
             return tuple(Ignored(probe.what, probe.lost) for probe in PROBES if _is_ignored(probe, fd, table, state))
         finally:
             fd.close()

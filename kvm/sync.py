@@ -20,19 +20,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvm.errors import SubstateError
 from kvm.ledger import Ledger, Part
 from kvm.levels import WritebackLevel
+from kvm.x86 import tsc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvm.chips import Chips
     from kvm.vcpu import Vcpu
 
     _Done = tuple[Part, SubstateError | None]
-    """One VCPU's part, and what ended it half-way."""
+    """One VCPU's part, or the machine's own, and what ended it half-way."""
 
 __all__ = [
     "WritebackLevel",
@@ -56,24 +59,39 @@ def cpu_synchronize_state(vcpu: Vcpu, *, ledger: Ledger, caller: str) -> None:
         _record(ledger, "cpu_synchronize_state", None, caller, (done,), began)
 
 
-def cpu_synchronize_all_states(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
-    """:func:`cpu_synchronize_state` for every VCPU. Raises SubstateError."""
+def cpu_synchronize_all_states(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0, chips: Chips | None = None
+) -> None:
+    """:func:`cpu_synchronize_state` for every VCPU; before them, where they are wanted, the machine's own substates.
+
+    Raises SubstateError.
+    """
     began = time.monotonic_ns()
-    done = _on_all(vcpus, _get)
+    done = _after(chips.get() if chips else None, lambda: _on_all(vcpus, _get))
     _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
-def cpu_synchronize_all_post_reset(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
-    """Give every VCPU's copy back to the kernel at RESET. Raises SubstateError; what failed stays dirty."""
-    _give_back("cpu_synchronize_all_post_reset", vcpus, WritebackLevel.RESET, ledger, caller)
+def cpu_synchronize_all_post_reset(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, chips: Chips | None = None
+) -> None:
+    """Give every VCPU's copy, and before them the machine's own, back to the kernel at RESET.
+
+    Raises SubstateError; what failed stays dirty.
+    """
+    _give_back("cpu_synchronize_all_post_reset", vcpus, WritebackLevel.RESET, ledger, caller, chips)
 
 
-def cpu_synchronize_all_post_init(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
-    """Give every VCPU's copy back to the kernel at FULL. Raises SubstateError; what failed stays dirty."""
-    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller)
+def cpu_synchronize_all_post_init(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, chips: Chips | None = None
+) -> None:
+    """Give every VCPU's copy, and before them the machine's own, back to the kernel at FULL.
+
+    Raises SubstateError; what failed stays dirty.
+    """
+    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller, chips)
 
 
-def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str) -> None:
+def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
     """Let every copy own its VCPU's state without reading it.
 
     All of it is about to be loaded: a read later on, by a device that loads, would clobber what was loaded before
@@ -84,7 +102,7 @@ def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, cal
     parts = [Part(vcpu.index) for vcpu in vcpus]
     for vcpu in vcpus:
         vcpu.dirty = True
-    ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, 0.0)
+    ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, skew_us)
 
 
 def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
@@ -95,10 +113,12 @@ def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
         _record(ledger, "before_run", WritebackLevel.RUNTIME, "run", (done,), began)
 
 
-def _give_back(hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str) -> None:
+def _give_back(
+    hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str, chips: Chips | None
+) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    done = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    done = _after(chips.put(level) if chips else None, lambda: _put_all(vcpus, level))
     _record(ledger, hook, level, caller, done, began)
 
 
@@ -116,6 +136,13 @@ def _record(
     for _, error in done:
         if error is not None:
             raise error
+
+
+def _after(machine: _Done | None, vcpus: Callable[[], list[_Done]]) -> list[_Done]:
+    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed."""
+    if machine is None:
+        return vcpus()
+    return [machine] if machine[1] else [machine, *vcpus()]
 
 
 def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], _Done]) -> list[_Done]:
@@ -154,9 +181,11 @@ def _part(
     skipped: tuple[str, ...] = (),
     ioctls: int,
     error: str = "",
+    tolerated: Sequence[SubstateError] = (),
 ) -> Part:
     microseconds = (time.monotonic_ns() - began) / 1000
-    return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error)
+    refused = tuple((each.substate, each.symbol) for each in tolerated)
+    return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error, refused)
 
 
 def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
@@ -185,17 +214,55 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
             skipped.append(name)
     written = tuple([row.name for row, _ in batch])
     try:
-        if batch:
-            vcpu.fd.put(batch)
+        tolerated = vcpu.fd.put(batch) if batch else ()
     except SubstateError as failure:
         error = failure.at(level)
-        moved, rest = written[: error.moved], written[error.moved :]
+        moved, rest = _without(written[: error.moved], error.tolerated), written[error.moved :]
         vcpu.known.update((name, vcpu.copy[name]) for name in moved)
-        for name in rest:
-            # The one that failed may have been written in part (MSRs), and one that had to follow another still has
-            # to, though its own bytes are the same: a retry must not skip them.
-            vcpu.known.pop(name, None)
-        return _part(vcpu, began, written=moved, ioctls=error.moved + 1, error=str(error)), error
+        _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
+        made = error.moved + 1
+        return _part(vcpu, began, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
+    if tolerated:
+        written = _without(written, tolerated)
+        _unknown(vcpu, [each.substate for each in tolerated])
     vcpu.gave_back(written, level)
     vcpu.dirty = False
-    return _part(vcpu, began, written=written, skipped=tuple(skipped), ioctls=len(batch)), None
+    skips = tuple(skipped)
+    return _part(vcpu, began, written=written, skipped=skips, ioctls=len(batch), tolerated=tolerated), None
+
+
+def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel) -> list[_Done]:
+    """VCPU 0 first, where TSC offsets can be set: it finds out what every VCPU's is to be (kvm/x86/tsc.py)."""
+    if not vcpus[0].dirty or "tsc_offset" not in vcpus[0].table.by_name:
+        return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    first = vcpus[0].run_on(lambda: _put_first(vcpus, level))
+    return [first] if first[1] else [first, *_on_all(vcpus[1:], lambda vcpu: _put(vcpu, level))]
+
+
+def _put_first(vcpus: Sequence[Vcpu], level: WritebackLevel) -> _Done:
+    began = time.monotonic_ns()
+    vcpu = vcpus[0]
+    rows = [vcpu.table.by_name[name] for name in tsc.FOUND_IN]
+    try:
+        now = dict(zip(tsc.FOUND_IN, vcpu.fd.get(rows), strict=True))
+    except SubstateError as error:
+        read = tsc.FOUND_IN[: error.moved]
+        return _part(vcpu, began, read=read, ioctls=error.moved + 1, error=str(error)), error
+    for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], now), strict=True):
+        each.copy["tsc_offset"] = offset
+    part, failure = _put(vcpu, level)
+    microseconds = (time.monotonic_ns() - began) / 1000
+    ioctls = len(rows) + part.ioctls
+    return replace(part, read=tsc.FOUND_IN, ioctls=ioctls, began_ns=began, microseconds=microseconds), failure
+
+
+def _without(names: tuple[str, ...], failed: Sequence[SubstateError]) -> tuple[str, ...]:
+    substates = {each.substate for each in failed}
+    return tuple(name for name in names if name not in substates)
+
+
+def _unknown(vcpu: Vcpu, names: Sequence[str]) -> None:
+    """These were not written, or perhaps in part (MSRs), and one that had to follow another still has to, though its
+    own bytes are the same: the next put must not skip them."""
+    for name in names:
+        vcpu.known.pop(name, None)

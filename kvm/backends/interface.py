@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvm.errors import SubstateError
 from kvm.x86.structs import CpuidEntry
 from kvm.x86.substates import Substate
 
@@ -101,10 +102,10 @@ class VcpuFd(Protocol):
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         """Read these substates in this order, one batch. Raises SubstateError."""
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         """Write these substates in this order, one batch. Raises SubstateError; its ``moved`` counts those written.
 
-        A ``tolerated`` row's failure doesn't stop the batch.
+        A ``tolerated`` row's failure doesn't stop the batch: it's returned, or stands in the error's ``tolerated``.
         """
 
     def run(self, bus: Bus) -> Exit:
@@ -197,7 +198,8 @@ class System(Protocol):
     def caps(self) -> Mapping[str, int]:
         """Capability names (``KVM_CAP_…``) to their values, 0 where lacking."""
 
-    def msr_list(self) -> tuple[int, ...]: ...
+    def msr_list(self) -> tuple[int, ...]:
+        """The MSRs that can be read and put back, of those that KVM_GET_MSR_INDEX_LIST names. Raises KvmError."""
 
     def cpuid(self) -> list[CpuidEntry]:
         """What this backend can offer to guests, its own broken features already masked."""

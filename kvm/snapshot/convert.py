@@ -30,6 +30,7 @@ _XSAVE_HEADER_END = 576
 _FXSAVE_AND_HEADER = 3
 """XSTATE_BV's x87 and SSE bits: all that FXSAVE has."""
 _PDPTRS_VALID = 1
+_U64 = (1 << 64) - 1
 
 _FEATURES = {
     (1, 0, "ecx"): {0: "sse3", 1: "pclmulqdq", 3: "monitor", 9: "ssse3", 12: "fma", 13: "cx16", 17: "pcid",
@@ -63,21 +64,23 @@ def fit(
     the machine has run, so that its CPUID stands. Raises ValueError for a struct that can't be read.
     """
     losses: dict[str, list[int]] = {}
+    tsc = _msrs(state.vcpus[0]).get(msrs.TSC, 0)
     vcpus = []
     for index, (copy, new) in enumerate(zip(state.vcpus, fresh, strict=True)):
 
         def tell(loss: str, index: int = index) -> None:
             losses.setdefault(loss, []).append(index)
 
-        vcpus.append(_vcpu(copy, table, new, ran, tell))
+        vcpus.append(_vcpu(copy, table, new, ran, tsc, tell))
     told = [f"{loss} ({_numbers(who)})" for loss, who in losses.items()]
     machine = {row.name: state.machine.get(row.name, fresh_machine[row.name]) for row in machine_rows}
     told += [f"{name}: this backend has none" for name in state.machine if name not in machine]
     return MachineState(tuple(vcpus), machine, state.devices), tuple(told)
 
 
-def _vcpu(copy: Copy, table: Table, new: Copy, ran: bool, tell: Tell) -> dict[str, bytes]:
-    values = {index: value for name in _MSR_ROWS if name in copy for index, value in unpack_msrs(copy[name]).items()}
+def _vcpu(copy: Copy, table: Table, new: Copy, ran: bool, tsc_of_first: int, tell: Tell) -> dict[str, bytes]:
+    values = _msrs(copy)
+    apart = values.get(msrs.TSC, 0) - tsc_of_first
     result = {}
     for row in table.put_order:
         if row.name == "cpuid":
@@ -89,6 +92,8 @@ def _vcpu(copy: Copy, table: Table, new: Copy, ran: bool, tell: Tell) -> dict[st
             result["sregs"] = _sregs(copy["sregs"], len(row.template), tell)
         elif row.name in ("xsave", "fpu"):
             result[row.name] = _fpu(copy, row, new[row.name], tell)
+        elif row.name == "tsc_offset":
+            result[row.name] = copy.get(row.name) or _tsc_offset(apart)
         else:
             result[row.name] = copy.get(row.name, new[row.name])
     for index, value in values.items():
@@ -98,6 +103,16 @@ def _vcpu(copy: Copy, table: Table, new: Copy, ran: bool, tell: Tell) -> dict[st
         if name not in result and (loss := _LOSSES.get(name, _any)(raw)):
             tell(f"{name}: {loss}")
     return result
+
+
+def _msrs(copy: Copy) -> dict[int, int]:
+    return {index: value for name in _MSR_ROWS if name in copy for index, value in unpack_msrs(copy[name]).items()}
+
+
+def _tsc_offset(apart: int) -> bytes:
+    """For a state without: how far a TSC is from VCPU 0's. Below about a second that's the time between the two reads,
+    as KVM itself takes it (kvm/x86/tsc.py)."""
+    return (apart & _U64 if abs(apart) >> 32 else 0).to_bytes(8, "little")
 
 
 def _xcrs(raw: bytes) -> str:
@@ -122,6 +137,7 @@ def _any(raw: bytes) -> str:
 _LOSSES: dict[str, Callable[[bytes], str]] = {
     "xcrs": _xcrs, "tsc_khz": _tsc_khz,
     "xsave": _nothing, "fpu": _nothing,  # the one becomes the other
+    "tsc_offset": _nothing,  # the TSC's MSR says it too, but for the time between two reads
     **dict.fromkeys(_MSR_ROWS, _nothing),  # told MSR by MSR
 }  # fmt: skip
 """What it means that this machine has no row for a substate; others matter unless they are all zeros."""

@@ -169,6 +169,8 @@ def _decoded(name: str, raw: bytes | None) -> dict[str, str]:
                                                             (entry.eax, entry.ebx, entry.ecx, entry.edx))
             for entry in unpack_cpuid(raw)
         }  # fmt: skip
+    if name in ("tsc_khz", "tsc_offset"):
+        return {"": hex(int.from_bytes(raw, "little"))}
     if name == "lapic":
         words = {at: raw[at : at + 4][::-1].hex() for at in range(0, len(raw), 16)}
         return {f" {lapic.NAMES[at]}" if at in lapic.NAMES else f"[{at:#05x}]": word for at, word in words.items()}

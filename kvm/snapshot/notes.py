@@ -23,7 +23,7 @@ from kvm.snapshot import core
 from kvm.snapshot.core import Extent
 from kvm.snapshot.state import MachineState
 from kvm.x86 import layout
-from kvm.x86.structs import CpuidEntry, Fpu, Lapic, MpState, MsrEntry, Regs, Sregs, Sregs2, VcpuEvents, Xcrs, Xsave
+from kvm.x86.structs import MSR_ENTRY, CpuidEntry, Fpu, Lapic, MpState, Regs, Sregs, Sregs2, VcpuEvents, Xcrs, Xsave
 
 OWNER = b"VMDECK"
 VERSION = 1
@@ -54,9 +54,7 @@ _SIZES = {
     "fpu": {ctypes.sizeof(Fpu)}, "xcrs": {ctypes.sizeof(Xcrs)},
 }  # fmt: skip
 """Sizes of what readers look into; the rest is checked against the machine that takes it."""
-_COUNTED = dict.fromkeys(("msrs", "msrs_reset", "tsc_deadline"), ctypes.sizeof(MsrEntry)) | {
-    "cpuid": ctypes.sizeof(CpuidEntry)
-}
+_COUNTED = dict.fromkeys(("msrs", "msrs_reset", "tsc_deadline"), MSR_ENTRY.size) | {"cpuid": ctypes.sizeof(CpuidEntry)}
 """Sizes of the entries behind a count of 8 bytes."""
 _NEEDED = ("regs", "sregs")
 

@@ -1,6 +1,7 @@
 """Which MSRs belong to which writeback level, and why.
 
-The kernel's list (KVM_GET_MSR_INDEX_LIST) decides which exist; the groups here decide when each is written.
+The kernel's list (KVM_GET_MSR_INDEX_LIST) decides which exist, as far as a VCPU lets them be moved (System.msr_list);
+the groups here decide when each is written.
 An MSR that no group names is written at RUNTIME: only what the guest itself changes by WRMSR, on its own VCPU,
 is left then.
 """
@@ -35,8 +36,9 @@ _MTRRS = (0x2FF, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270)
 _ELSEWHERE = {EFER, APIC_BASE, TSC_DEADLINE}
 """Carried by another substate: SREGS has the first two, the TSC deadline is put after LAPIC and TSC."""
 
-_READ_ONLY = {0x10A, 0x345, 0xCE, 0x8B, 0x4B564D07}
-"""Features, the same for every VCPU of a host, and the write-only async-PF acknowledgement: nothing to carry."""
+_READ_ONLY = {0x10A, 0x345, 0xCE, 0x8B, *range(0x480, 0x492), 0x4B564D07}
+"""Features, the same for every VCPU of a host (those of VMX can't even be written once it's on), and the write-only
+async-PF acknowledgement: nothing to carry."""
 
 _RESET = {
     *(0x10, 0x3B),  # a TSC written while others run drifts apart from theirs

@@ -54,6 +54,7 @@ def reset_state(power_on: Mapping[str, bytes], index: int) -> dict[str, bytes]:
         "xcrs": _xcrs,
         "lapic": lambda raw: _lapic(raw, index),
         "msrs_reset": lambda raw: pack_msrs({**unpack_msrs(raw), msrs.TSC: 0}),
+        "tsc_offset": lambda raw: bytes(8),  # the same for all
         "events": _events,
         "mp_state": lambda raw: bytes(MpState(MP_STATE_UNINITIALIZED if index else MP_STATE_RUNNABLE)),
         "tsc_deadline": lambda raw: pack_msrs({msrs.TSC_DEADLINE: 0}),

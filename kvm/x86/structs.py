@@ -8,6 +8,7 @@ All integers are little-endian, as on the only architecture that has them.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterable, Mapping
 
 _U8, _U16, _U32, _U64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
@@ -261,12 +262,8 @@ class GuestDebug(ctypes.LittleEndianStructure):
     debugreg: ctypes.Array[ctypes.c_uint64]
 
 
-class MsrEntry(ctypes.LittleEndianStructure):
-    """``struct kvm_msr_entry``, 16 bytes."""
-
-    _fields_ = [("index", _U32), ("reserved", _U32), ("data", _U64)]
-    index: int
-    data: int
+MSR_ENTRY = struct.Struct("<I4xQ")
+"""``struct kvm_msr_entry``, 16 bytes: index, data."""
 
 
 class CpuidEntry(ctypes.LittleEndianStructure):
@@ -322,15 +319,15 @@ class ClockData(ctypes.LittleEndianStructure):
 def pack_msrs(values: Mapping[int, int] | Iterable[int]) -> bytes:
     """``struct kvm_msrs`` holding these index → value pairs (or these indices, values 0), in their order."""
     pairs = list(values.items()) if isinstance(values, Mapping) else [(index, 0) for index in values]
-    entries = b"".join(bytes(MsrEntry(index, 0, data)) for index, data in pairs)
-    return len(pairs).to_bytes(8, "little") + entries
+    return len(pairs).to_bytes(8, "little") + b"".join([MSR_ENTRY.pack(index, data) for index, data in pairs])
 
 
 def unpack_msrs(raw: bytes) -> dict[int, int]:
-    """Index → value of a ``struct kvm_msrs``, in its order."""
-    count = int.from_bytes(raw[:4], "little")
-    entries = (MsrEntry * count).from_buffer_copy(raw, 8)
-    return {entry.index: entry.data for entry in entries}
+    """Index → value of a ``struct kvm_msrs``, in its order. Raises ValueError if it's shorter than it says."""
+    end = 8 + MSR_ENTRY.size * int.from_bytes(raw[:4], "little")
+    if len(raw) < end:
+        raise ValueError(f"{len(raw)} bytes can't be a struct kvm_msrs of {end}")
+    return dict(MSR_ENTRY.iter_unpack(raw[8:end]))
 
 
 def pack_cpuid(entries: Iterable[CpuidEntry]) -> bytes:

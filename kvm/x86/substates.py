@@ -62,6 +62,7 @@ class Substate:
     ioctl wants filled in (MSR indices, a chip's id). ``get``/``put`` are ioctl names, None where KVM has none:
     a row without a get has its truth in our copy only. ``by_value``: the ioctl's argument is the number itself.
     ``then``: rows that must be written again after this one. ``once``: refused by the kernel after the first run.
+    ``tolerated``: a put that fails stops nothing, and stands in the ledger; the kernel goes on with what it has.
     """
 
     name: str
@@ -120,7 +121,7 @@ def _nested_template(size: int) -> bytes:
 
 
 _GET_ORDER = (
-    "mp_state", "events", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "tsc_deadline", "lapic",
+    "mp_state", "events", "regs", "xsave", "xcrs", "sregs", "msrs", "msrs_reset", "tsc_offset", "tsc_deadline", "lapic",
     "debugregs", "nested", "tsc_khz",
 )  # fmt: skip
 """MP state first: reading it accepts a latched INIT or SIPI, which changes CS and RIP, and clears what events hold.
@@ -165,7 +166,8 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
             _nested_template(caps.get("KVM_CAP_NESTED_STATE", 0)), cap="KVM_CAP_NESTED_STATE",
         ),
         Substate(
-            "tsc_khz", "KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ", FULL, "scales the TSC that the MSRs set later",
+            "tsc_khz", "KVM_GET_TSC_KHZ", "KVM_SET_TSC_KHZ", FULL,
+            "scales the TSC that is set later; a refusal is tolerated, and told",
             bytes(4), cap="KVM_CAP_TSC_CONTROL", by_value=True, tolerated=True,
         ),
         _row(
@@ -180,6 +182,11 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
         ),
         _msr_row("msrs", RUNTIME, "written by this VCPU's own WRMSR only", runtime),
         _msr_row("msrs_reset", RESET, "TSC, kvmclock, MTRRs, PMU: a write has effects beyond this VCPU", reset),
+        Substate(
+            "tsc_offset", "KVM_GET_DEVICE_ATTR", "KVM_SET_DEVICE_ATTR", RESET,
+            "after the TSC's MSR, with which KVM guesses: the last write holds, and this one is exact on every VCPU",
+            bytes(8), cap="KVM_CAP_VCPU_ATTRIBUTES",
+        ),
         _row(
             "events", "KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", RUNTIME,
             "NMI, SIPI and SMM parts only from RESET on: one that arrived meanwhile must not be wiped",

@@ -40,6 +40,8 @@ def test_kvm_ran_a_guest_and_tells_every_capability(said: str) -> None:
     assert "built" in extension
     assert "ran" in guest
     assert [line.split()[0] for line in part(said, "KVM's capabilities")] == list(CAPABILITIES)
+    assert part(said, "MSRs that this KVM lists and then refuses")
+    assert part(said, "What this KVM accepts and then ignores")
 
 
 def test_the_terminal(said: str) -> None:

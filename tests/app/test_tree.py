@@ -59,7 +59,8 @@ def test_the_vcpus_of_one_resume_are_one_row() -> None:
         )
         for number, vcpu in enumerate((0, 1, 2, 1, 0), 2)
     ]
-    save = record(1, "cpu_synchronize_all_states", Part(0, read=("regs", "sregs"), ioctls=2), Part(1, ioctls=2))
+    machine = Part(None, read=("ioapic", "clock"), ioctls=2)
+    save = record(1, "cpu_synchronize_all_states", machine, Part(0, read=("regs",), ioctls=1), Part(1, ioctls=1))
     rows = ledger_rows([save, *runs, record(7, "before_run", Part(2))])
     assert [(row.number, row.hook, row.vcpus, row.ioctls, row.microseconds) for row in rows] == [
         (5, "before_run", 3, 1, 30.0),
@@ -67,10 +68,18 @@ def test_the_vcpus_of_one_resume_are_one_row() -> None:
         (1, "all_states", 2, 4, 10.0),
     ]
     assert rows[1].moved == "wrote 1: regs; 1 unchanged"
-    assert rows[2].moved == "read 2: regs sregs"
+    assert rows[2].moved == "read 1 + VM 2: regs ioapic clock"
     assert rows[0].moved == "1 unchanged"
+
+
+def test_what_was_tolerated_is_said_once_before_what_moved() -> None:
+    parts = [Part(vcpu, written=("regs",), tolerated=(("tsc_khz", "EINVAL"),)) for vcpu in range(2)]
+    (row,) = ledger_rows([record(1, "cpu_synchronize_all_post_init", *parts)])
+    assert row.moved == "tolerated: tsc_khz EINVAL; wrote 1: regs"
 
 
 def test_a_part_that_failed_says_so_first() -> None:
     (row,) = ledger_rows([record(1, "before_run", Part(0, written=("sregs",), error="KVM_SET_MSRS refused"))])
     assert row.moved == "failed: KVM_SET_MSRS refused; wrote 1: sregs"
+    (row,) = ledger_rows([record(1, "cpu_synchronize_all_states", Part(None, read=("pit",), error="KVM_GET_CLOCK"))])
+    assert (row.vcpus, row.moved) == (0, "failed: KVM_GET_CLOCK; read VM 1: pit")

@@ -21,7 +21,7 @@ from kvm.levels import WritebackLevel
 from kvm.machine import Activity
 from tests.kvm.machines import COUNT, HLT, build, until
 
-PART = Part(1, ("regs",), ("sregs",), ("xsave",), 2, 5, 1.5)
+PART = Part(1, ("regs",), ("sregs",), ("xsave",), 3, 5, 1.5, tolerated=(("tsc_khz", "EINVAL"),))
 
 
 @pytest.fixture
@@ -51,10 +51,17 @@ def test_a_record_as_json_has_all_its_fields() -> None:
     assert json.loads(record.as_json()) == {
         "number": 1, "time_ns": record.time_ns, "hook": "hook", "level": "RESET", "caller": "caller",
         "microseconds": record.microseconds, "skew_us": 2.5,
-        "parts": [{"vcpu": 1, "read": ["regs"], "written": ["sregs"], "skipped": ["xsave"], "ioctls": 2,
-                   "began_ns": 5, "microseconds": 1.5, "error": ""}],
+        "parts": [{"vcpu": 1, "read": ["regs"], "written": ["sregs"], "skipped": ["xsave"], "ioctls": 3,
+                   "began_ns": 5, "microseconds": 1.5, "error": "", "tolerated": [["tsc_khz", "EINVAL"]]}],
     }  # fmt: skip
     assert json.loads(ledger.records[1].as_json())["level"] is None
+
+
+def test_the_ledger_keeps_the_newest_and_counts_all() -> None:
+    ledger = Ledger(limit=3)
+    add(ledger, 5)
+    assert [record.number for record in ledger.records] == [3, 4, 5]
+    assert ledger.total == 5
 
 
 def test_records_from_before_and_after_the_file_was_opened(tmp_path: Path) -> None:
@@ -84,7 +91,7 @@ def test_every_hook_of_a_machine(system: System, tmp_path: Path) -> None:
             machine.restore(machine.checkpoint())
         assert lines(tmp_path / "ledger") == [json.loads(record.as_json()) for record in machine.ledger.records]
         hooks = [line["hook"] for line in lines(tmp_path / "ledger")]
-    assert hooks[:2] == ["cpu_synchronize_all_states", "cpu_synchronize_all_post_init"]
+    assert hooks[1:3] == ["cpu_synchronize_all_states", "cpu_synchronize_all_post_init"]
     assert {"cpu_synchronize_state", "cpu_synchronize_all_post_reset", "cpu_synchronize_all_pre_loadvm"} <= {*hooks}
 
 

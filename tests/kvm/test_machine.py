@@ -34,10 +34,9 @@ def test_a_new_machine_is_paused_at_its_entry(system: System, tmp_path: Path) ->
         assert regs(machine).rip == ORIGIN
         assert regs(machine, 1).rip == 0xFFF0
         assert machine.view(0).dirty is False
-        assert [record.hook for record in machine.ledger.records] == [
-            "cpu_synchronize_all_states",
-            "cpu_synchronize_all_post_init",
-        ]
+        assert [record.hook.removeprefix("cpu_synchronize_all_") for record in machine.ledger.records] == [
+            "post_init", "states", "post_init"
+        ]  # fmt: skip
 
 
 def test_runs_samples_and_pauses(system: System, tmp_path: Path) -> None:
@@ -242,8 +241,9 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(system: System, tmp_
         machine.load(state)
         again = machine.save()
         assert again.devices == state.devices
+        time = {"msrs_reset", "tsc_offset", "lapic"}
         for before_load, after in zip(state.vcpus, again.vcpus, strict=True):
-            assert {name for name, raw in after.items() if raw != before_load[name]} <= {"msrs_reset", "lapic"}  # time
+            assert {name for name, raw in after.items() if raw != before_load[name]} <= time
 
 
 def test_a_device_that_breaks_stops_the_machine_and_not_its_thread(
@@ -313,7 +313,7 @@ def test_impossible_vcpu_counts(system: System, tmp_path: Path, vcpus: int) -> N
 @pytest.mark.parametrize("memory", [0, 4096, (1 << 20) + 1, 1 << 60])
 def test_impossible_memory(memory: int) -> None:
     with pytest.raises(ConfigError, match="memory"):
-        MachineConfig(1, memory).check(8)
+        MachineConfig(1, memory).check({"KVM_CAP_MAX_VCPUS": 8})
 
 
 def test_memory_outside_of_ram_is_an_error(system: System, tmp_path: Path) -> None:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import errno
 import itertools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
 from kvm.errors import SubstateError
+from kvm.x86.structs import MSR_ENTRY
 from kvm.x86.substates import Substate
 
 _ENTRY_BYTES = {"KVM_GET_MSRS": 16, "KVM_SET_MSRS": 16, "KVM_SET_CPUID2": 40}
 """Structs that are a u32 count, padded to 8 bytes, and that many entries."""
 
 _VARIABLE = frozenset(_ENTRY_BYTES)
+_ATTRIBUTE = frozenset({"KVM_GET_DEVICE_ATTR", "KVM_SET_DEVICE_ATTR"})
 _EXTENDED = frozenset({"KVM_SET_XSAVE"})
 """A shorter one (saved where the state has fewer components) is filled up with zeros: those are in their init state."""
-
-_MSR = struct.Struct("<I4xQ")
 
 
 class _Plan:
@@ -42,8 +41,10 @@ class _Plan:
             call.flags = (
                 (row.by_value and (lib.VD_TAKES_VALUE if put else lib.VD_GIVES_VALUE))
                 | (row.counted and lib.VD_COUNTED)
-                | (row.tolerated and lib.VD_TOLERATED)
+                | (name in _ATTRIBUTE and lib.VD_TSC_OFFSET)
+                | (put and row.tolerated and lib.VD_TOLERATED)
             )
+        self.tolerated = [place for place, row in enumerate(rows) if put and row.tolerated]
         self.templates = b"" if put else b"".join(row.template for row in rows)
         self.buffer = ffi.new("char[]", max(8, ends[-1] if ends else 0))
         self.view = ffi.buffer(self.buffer)
@@ -70,8 +71,11 @@ class Batches:
         view = plan.view
         return [view[start:end] for start, end in plan.slices]
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
-        """Write the rows in their order. Raises SubstateError, for a struct of the wrong size before any is written."""
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+        """Write the rows in their order; the failures that were tolerated.
+
+        Raises SubstateError, for a struct of the wrong size before any is written.
+        """
         fitting = True
         for row, raw in rows:
             if row.counted or len(raw) != len(row.template):
@@ -89,6 +93,7 @@ class Batches:
         done = lib.vd_batch(self._fd.number, buffer, plan.calls, len(rows))
         if self._fd.traced or done < len(rows):
             self._after(plan, done, buffer)
+        return self._tolerated(plan, done, buffer) if plan.tolerated else ()
 
     def _fits(self, row: Substate, raw: bytes) -> bool:
         """Is this struct as long as the row's template? Raises SubstateError if the kernel would read past its end."""
@@ -106,20 +111,37 @@ class Batches:
     def _after(self, plan: _Plan, done: int, buffer: Any) -> None:
         for row, name in zip(plan.rows[: done + 1], plan.names, strict=False):
             self._fd.note(name, row.name)
-        if done == len(plan.rows):
-            return
-        row, name, call = plan.rows[done], plan.names[done], plan.calls[done]
-        number, detail = call.error, ""
+        if done < len(plan.rows):
+            error = self._failure(plan, done, buffer)
+            error.tolerated = self._tolerated(plan, done, buffer)
+            raise error
+
+    def _tolerated(self, plan: _Plan, done: int, buffer: Any) -> tuple[SubstateError, ...]:
+        made = [place for place in plan.tolerated if place < done]
+        return tuple(self._failure(plan, place, buffer) for place in made if _failed(plan, place, buffer))
+
+    def _failure(self, plan: _Plan, place: int, buffer: Any) -> SubstateError:
+        row, number, detail = plan.rows[place], plan.calls[place].error, ""
         if row.counted and not number:
-            number, detail = errno.EINVAL, _refused_msr(buffer, plan, done)
-        raise SubstateError(row.name, done, name, number, vcpu=self._fd.vcpu, detail=detail)
+            number, detail = errno.EINVAL, _refused_msr(buffer, plan, place)
+        return SubstateError(row.name, place, plan.names[place], number, vcpu=self._fd.vcpu, detail=detail)
+
+
+def _failed(plan: _Plan, row: int, buffer: Any) -> bool:
+    call = plan.calls[row]
+    return bool(call.error or (plan.rows[row].counted and call.result < _listed(plan, row, buffer)))
+
+
+def _listed(plan: _Plan, row: int, buffer: Any) -> int:
+    start = plan.slices[row][0]
+    return int.from_bytes(buffer[start : start + 4], "little")
 
 
 def _refused_msr(buffer: Any, plan: _Plan, row: int) -> str:
     """KVM stops at the first MSR that it refuses, and tells only how many came before it."""
     start, moved = plan.slices[row][0], plan.calls[row].result
-    listed = int.from_bytes(buffer[start : start + 4], "little")
-    index, value = _MSR.unpack_from(buffer, start + 8 + 16 * moved)
+    listed = _listed(plan, row, buffer)
+    index, value = MSR_ENTRY.unpack_from(buffer, start + 8 + MSR_ENTRY.size * moved)
     wanted = f" = {value:#x}" if plan.names[row] == "KVM_SET_MSRS" else ""
     return f"MSR {index:#x}{wanted} refused, {moved} of {listed} moved"
 

@@ -29,6 +29,7 @@ CAPABILITIES: dict[str, str] = {
     "KVM_CAP_NESTED_STATE": "saving a guest that runs guests",
     "KVM_CAP_TSC_CONTROL": "another TSC frequency than the host's: a saved state's can't be kept",
     "KVM_CAP_GET_TSC_KHZ": "the guest's TSC frequency",
+    "KVM_CAP_VCPU_ATTRIBUTES": "exact TSC offsets: after a reset or restore VCPUs' TSCs may stand apart",
     "KVM_CAP_TSC_DEADLINE_TIMER": "the local APIC timer's TSC-deadline mode",
     "KVM_CAP_ADJUST_CLOCK": "kvmclock in a saved state: guest time jumps",
     "KVM_CAP_KVMCLOCK_CTRL": "telling a guest that it was paused: its watchdog may bark",

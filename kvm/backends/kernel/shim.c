@@ -52,11 +52,16 @@ int vd_batch(int fd, char *buffer, struct vd_call *calls, int count)
 	for (int i = 0; i < count; i++) {
 		struct vd_call *call = &calls[i];
 		char *argument = buffer + call->offset;
+		struct kvm_device_attr tsc_offset = { .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET };
 		uint32_t number;
 
 		memcpy(&number, argument, sizeof(number)); /* rows are packed: not always aligned */
 		if (call->flags & VD_TAKES_VALUE)
 			argument = (char *)(uintptr_t)number;
+		if (call->flags & VD_TSC_OFFSET) {
+			tsc_offset.addr = (uintptr_t)argument;
+			argument = (char *)&tsc_offset;
+		}
 		call->result = vd_ioctl(fd, call->request, argument);
 		call->error = call->result < 0 ? -call->result : 0;
 		if (call->result >= 0 && (call->flags & VD_GIVES_VALUE))

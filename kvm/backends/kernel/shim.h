@@ -26,6 +26,7 @@ struct vd_call {
 #define VD_GIVES_VALUE 2 /* the ioctl's result is the number: stored at `offset` */
 #define VD_COUNTED 4     /* the result counts entries; fewer than the u32 at `offset` is a failure */
 #define VD_TOLERATED 8   /* a failure doesn't stop the batch */
+#define VD_TSC_OFFSET 16 /* the argument is that device attribute, whose 64-bit value lies at `offset` */
 
 int vd_ioctl(int fd, unsigned long request, void *argument);
 int vd_ioctl_value(int fd, unsigned long request, unsigned long value);

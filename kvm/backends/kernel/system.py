@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from kvm.backends.interface import IoctlTrace
-from kvm.backends.kernel import library
+from kvm.backends.kernel import library, msr_list
 from kvm.backends.kernel.capabilities import CAPABILITIES, REQUIRED
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
 from kvm.backends.kernel.vm import KernelVm
 from kvm.errors import BackendUnavailable, KvmError
-from kvm.x86.structs import CpuidEntry, unpack_cpuid
+from kvm.x86 import msrs
+from kvm.x86.structs import CpuidEntry, pack_cpuid, unpack_cpuid
 
 _PVM = Path("/sys/module/kvm_pvm")
 _CX16 = 1 << 13  # CPUID leaf 1 ECX
@@ -73,6 +75,22 @@ class KernelSystem:
 
     def msr_list(self) -> tuple[int, ...]:
         """Raises KvmError."""
+        return self._msrs[0]
+
+    def refused_msrs(self) -> tuple[int, ...]:
+        """Those that vmdeck would carry, and that KVM lists and then refuses. Raises KvmError."""
+        return self._msrs[1]
+
+    @cached_property
+    def _msrs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        listed = self._listed_msrs()
+        runtime, reset = msrs.groups(listed)
+        wanted = [*runtime, *reset]
+        taken = msr_list.accepted(self._fd, self, pack_cpuid(self.cpuid()), wanted)
+        refused = tuple(index for index in wanted if index in listed and index not in taken)
+        return tuple(index for index in listed if index not in refused), refused
+
+    def _listed_msrs(self) -> tuple[int, ...]:
         count = 512
         raw = ffi.new("uint32_t[]", 1 + count)  # struct kvm_msr_list: nmsrs, indices
         raw[0] = count

@@ -15,7 +15,7 @@ from kvm.backends.kernel.batch import Batches
 from kvm.backends.kernel.exits import UNION, decode
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
-from kvm.errors import KvmError
+from kvm.errors import KvmError, SubstateError
 from kvm.x86.structs import GUESTDBG_SINGLESTEP, GuestDebug
 from kvm.x86.substates import Substate
 
@@ -85,12 +85,13 @@ class KernelVcpuFd:
         self._check_owner()
         return self._batches.get(rows)
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         self._check_owner()
-        self._batches.put(rows)
+        tolerated = self._batches.put(rows)
         for row, raw in rows[-1:]:
             if row.put == "KVM_SET_GUEST_DEBUG":  # always the last one
                 self._stepping = bool(GuestDebug.from_buffer_copy(raw).control & GUESTDBG_SINGLESTEP)
+        return tolerated
 
     def inject_nmi(self) -> None:
         """Queue an NMI (KVM_NMI). Raises KvmError."""

@@ -87,7 +87,7 @@ class KernelVm:
     def create_vcpu(self, index: int) -> KernelVcpuFd:
         number = self._fd.call_value("KVM_CREATE_VCPU", index, detail=f"VCPU {index}")
         vcpu = KernelVcpuFd(self, Fd(number, self.system, index), index)
-        if self._ring_seen_by is None:
+        if self._ring_seen_by is None and self.ring_page:
             self._ring_seen_by = vcpu.mapping
         return vcpu
 

@@ -1,6 +1,7 @@
 """The local APIC: one VCPU's registers page (struct kvm_lapic_state), its interrupts, IPIs and timer.
 
-Time is the VM's virtual time in nanoseconds; like KVM's, the timer's bus clock is 1 GHz.
+Time is the VM's virtual time in nanoseconds; like KVM's, the timer's bus clock is 1 GHz. The TSC counts, at 1 GHz, what
+of it has passed, which setting the clock doesn't change.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ _FIXED, _LOWEST, _NMI, _INIT, _SIPI, _EXTINT = 0, 1, 4, 5, 6, 7
 _WRITABLE = {LDR: 0xFF00_0000, DFR: 0xF000_0000, ICR2: 0xFF00_0000, TIMER_DIVIDE: 0xB}
 """Plain registers and their writable bits."""
 _PAGE = 1024
+_U64 = (1 << 64) - 1
 
 
 class Surroundings(Protocol):
     """What a local APIC needs of the VM."""
 
     def now(self) -> int: ...
+    def passed(self) -> int: ...
     def timers_changed(self) -> None: ...
     def apics(self) -> Sequence[Lapic]: ...
     def end_of_interrupt(self, vector: int) -> None: ...
@@ -49,6 +52,7 @@ class Lapic:
         self.sipi_pending = False
         self.sipi_vector = 0
         self.tsc_offset = 0
+        """The TSC is ``passed`` plus this, modulo 2⁶⁴: as KVM's is the host's TSC plus its offset."""
         self.tsc_deadline = 0
         self.due: int | None = None
         """Virtual time at which the timer fires."""
@@ -105,9 +109,8 @@ class Lapic:
             self._start(remaining)
 
     def shift(self, jump: int) -> None:
-        """Virtual time was set forward by ``jump`` ns: neither the TSC nor the timer's count moves with it."""
+        """Virtual time was set forward by ``jump`` ns: the timer's count doesn't move with it."""
         before = self._vm.now() - jump
-        self.tsc_offset -= jump
         if self.due is None:
             return
         if self._mode == _TSC_DEADLINE:
@@ -279,17 +282,21 @@ class Lapic:
         if self._mode != _TSC_DEADLINE:
             return
         self.tsc_deadline = deadline
-        self.due = deadline - self.tsc_offset if deadline else None
+        self.due = self._vm.now() + deadline - self.tsc() if deadline else None
         self._vm.timers_changed()
 
     def set_tsc(self, value: int) -> None:
-        """Make the TSC (1 GHz) read ``value`` now."""
-        self.tsc_offset = (value - self._vm.now()) & 0xFFFF_FFFF_FFFF_FFFF
+        """Make the TSC read ``value`` now."""
+        self.set_tsc_offset(value - self._vm.passed() & _U64)
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """The TSC jumps; an armed deadline stays where it is on it."""
+        self.tsc_offset = offset
         if self.tsc_deadline:
             self.set_tsc_deadline(self.tsc_deadline)
 
     def tsc(self) -> int:
-        return (self._vm.now() + self.tsc_offset) & 0xFFFF_FFFF_FFFF_FFFF
+        return self._vm.passed() + self.tsc_offset & _U64
 
     def tick(self, now: int) -> None:
         """The timer's time has come."""

@@ -37,6 +37,7 @@ _CAPS = {
     "KVM_CAP_SREGS2": 1, "KVM_CAP_XSAVE": 1, "KVM_CAP_XCRS": 1, "KVM_CAP_VCPU_EVENTS": 1, "KVM_CAP_DEBUGREGS": 1,
     "KVM_CAP_SET_GUEST_DEBUG": 1, "KVM_CAP_USER_NMI": 1, "KVM_CAP_EXT_CPUID": 1, "KVM_CAP_TSC_DEADLINE_TIMER": 1,
     "KVM_CAP_IMMEDIATE_EXIT": 1, "KVM_CAP_INTERNAL_ERROR_DATA": 1, "KVM_CAP_GET_TSC_KHZ": 1,
+    "KVM_CAP_VCPU_ATTRIBUTES": 1,
     "KVM_CAP_SET_GUEST_DEBUG2": GUESTDBG_ENABLE | GUESTDBG_SINGLESTEP | GUESTDBG_USE_SW_BP | GUESTDBG_USE_HW_BP
     | GUESTDBG_BLOCKIRQ,
 }  # fmt: skip
@@ -92,7 +93,7 @@ class SoftwareSystem:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """One row of a batch. Raises SubstateError, unless the row's failure is tolerated."""
+        """One row of a batch. Raises SubstateError."""
         error, detail = self.note(ioctl, row.name, vcpu), ""
         if not error:
             try:

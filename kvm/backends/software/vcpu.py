@@ -19,7 +19,7 @@ from kvm.backends.software.lapic import BASE_ENABLED, Lapic
 from kvm.backends.software.msr import STORED, Msrs, Refused
 from kvm.backends.software.paging import Fault
 from kvm.backends.software.state import Invalid
-from kvm.errors import KvmError
+from kvm.errors import KvmError, SubstateError
 from kvm.x86.structs import (
     EVENT_VALID_NMI_PENDING,
     EVENT_VALID_SHADOW,
@@ -122,15 +122,23 @@ class SoftwareVcpu:
                 out.append(self.vm.system.move(row, row.get, len(out), self.index, _GET[row.get], self, row.template))
         return out
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         self._own()
+        tolerated: tuple[SubstateError, ...] = ()
         with self.vm.scheduler.attention():
             try:
                 for moved, (row, raw) in enumerate(rows):
                     assert row.put is not None, row.name
-                    self.vm.system.move(row, row.put, moved, self.index, _PUT[row.put], self, raw)
+                    try:
+                        self.vm.system.move(row, row.put, moved, self.index, _PUT[row.put], self, raw)
+                    except SubstateError as error:
+                        if not row.tolerated:
+                            error.tolerated = tolerated
+                            raise
+                        tolerated += (error,)
             finally:
                 self.engine.commit(flush=True)
+        return tolerated
 
     def kvmclock_ctrl(self) -> None:
         """There is no kvmclock here."""
@@ -318,6 +326,12 @@ class SoftwareVcpu:
                 self.msrs.write(index, value)
             except Refused:
                 raise Invalid(f"MSR {index:#x} = {value:#x} refused, and none after it written") from None
+
+    def _get_tsc_offset(self, template: bytes) -> bytes:
+        return self.lapic.tsc_offset.to_bytes(8, "little")
+
+    def _put_tsc_offset(self, raw: bytes) -> None:
+        self.lapic.set_tsc_offset(int.from_bytes(raw, "little"))
 
     def _get_events(self, template: bytes) -> bytes:
         events = VcpuEvents.from_buffer_copy(self._events)
@@ -628,6 +642,7 @@ _GET: dict[str, Callable[[SoftwareVcpu, bytes], bytes]] = {
     "KVM_GET_XCRS": SoftwareVcpu._get_xcrs,
     "KVM_GET_LAPIC": SoftwareVcpu._get_lapic,
     "KVM_GET_MSRS": SoftwareVcpu._get_msrs,
+    "KVM_GET_DEVICE_ATTR": SoftwareVcpu._get_tsc_offset,
     "KVM_GET_VCPU_EVENTS": SoftwareVcpu._get_events,
     "KVM_GET_MP_STATE": SoftwareVcpu._get_mp_state,
     "KVM_GET_DEBUGREGS": SoftwareVcpu._get_debugregs,
@@ -641,6 +656,7 @@ _PUT: dict[str, Callable[[SoftwareVcpu, bytes], None]] = {
     "KVM_SET_XCRS": SoftwareVcpu._put_xcrs,
     "KVM_SET_LAPIC": SoftwareVcpu._put_lapic,
     "KVM_SET_MSRS": SoftwareVcpu._put_msrs,
+    "KVM_SET_DEVICE_ATTR": SoftwareVcpu._put_tsc_offset,
     "KVM_SET_VCPU_EVENTS": SoftwareVcpu._put_events,
     "KVM_SET_MP_STATE": SoftwareVcpu._put_mp_state,
     "KVM_SET_DEBUGREGS": SoftwareVcpu._put_debugregs,

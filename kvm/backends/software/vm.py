@@ -42,6 +42,8 @@ class SoftwareVm:
         self.ioapic = Ioapic(self._message)
         self._pics = PicPair(self._pic_changed)
         self._pit = Pit(self.now, self._pit_pulse, self.timers_changed)
+        self._jumps = 0
+        """By how much setting the clock has moved virtual time, in all."""
         self.ports: frozenset[int] = frozenset()
         """Those that devices of the VM itself answer."""
 
@@ -165,6 +167,7 @@ class SoftwareVm:
             raise Invalid(f"flags={clock.flags:#x}")
         jump = clock.clock - self.now()
         self.scheduler.set_time(clock.clock)
+        self._jumps += jump
         for vcpu in self.vcpus:
             vcpu.lapic.shift(jump)
             vcpu.forget_slot()
@@ -222,6 +225,10 @@ class SoftwareVm:
 
     def now(self) -> int:
         return self.scheduler.now()
+
+    def passed(self) -> int:
+        """Virtual time that has passed since the VM was made, ns."""
+        return self.scheduler.now() - self._jumps
 
     def timers_changed(self) -> None:
         self.scheduler.timers_changed()

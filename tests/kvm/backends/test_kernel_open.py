@@ -13,7 +13,9 @@ from kvm.backends.kernel.capabilities import CAPABILITIES, REQUIRED
 from kvm.backends.kernel.library import missing
 from kvm.backends.kernel.system import KernelSystem
 from kvm.errors import BackendUnavailable, KvmError
+from kvm.x86.structs import unpack_msrs
 from tests.kvm.backends.real import STOP, Guest
+from tests.kvm.machines import COUNT, build
 
 needs_extension = pytest.mark.skipif(missing != "", reason=f"the extension is not built: {missing}")
 
@@ -86,6 +88,35 @@ def test_what_guests_are_offered() -> None:
         assert not leaves[1, 0].ecx & 1 << 13
         assert not leaves[0x40000001, 0].eax & (1 << 7 | 1 << 11 | 1 << 13)
     assert 0xC0000082 in system.msr_list()  # LSTAR
+    system.close()
+
+
+@pytest.mark.kvm
+def test_listed_msrs_that_a_vcpu_refuses_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM before Linux 6.13 lists such. One here can't be read, one can be read and not be written."""
+    unknown, mcg_cap, tsc, lstar, star = 0x12345678, 0x179, 0x10, 0xC0000082, 0xC0000081
+    listed = KernelSystem._listed_msrs
+    monkeypatch.setattr(KernelSystem, "_listed_msrs", lambda self: (unknown, mcg_cap, *listed(self), unknown + 1))
+    before = _open_files()
+    system = KernelSystem()
+    assert {tsc, lstar, star} <= {*system.msr_list()}
+    assert {*system.refused_msrs()} >= {unknown, unknown + 1, mcg_cap}
+    assert not {*system.refused_msrs()} & {*system.msr_list()}
+    with build(system, tmp_path, COUNT) as machine:
+        machine.load(machine.save())
+        carried = {index for row in ("msrs", "msrs_reset") for index in unpack_msrs(machine.vcpus[0].copy[row])}
+        assert not carried & {*system.refused_msrs()}
+    system.close()
+    assert _open_files() == before
+
+
+@pytest.mark.kvm
+def test_all_that_this_kernel_lists_can_be_carried() -> None:
+    """On PVM; on other kernels some are refused, for a feature that is off."""
+    system = KernelSystem()
+    if Path("/sys/module/kvm_pvm").exists():
+        assert system.refused_msrs() == ()
+        assert system.msr_list() == system._listed_msrs()
     system.close()
 
 

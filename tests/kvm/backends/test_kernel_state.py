@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from kvm.backends.interface import PAGE_SIZE, ExitKind, IoctlTrace
+from kvm.backends.kernel.library import lib
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.system import KernelSystem
 from kvm.errors import KvmError, SubstateError
 from kvm.host_memory import anonymous
 from kvm.x86 import msrs
-from kvm.x86.structs import ClockData, PitState2, Regs, pack_msrs, unpack_msrs
+from kvm.x86.structs import ClockData, PitState2, Regs, VcpuEvents, pack_msrs, unpack_msrs
 from kvm.x86.substates import Substate, machine_table
 from tests.kvm.backends.real import STOP, Guest, Running
 
@@ -152,13 +153,42 @@ def test_numbers_by_value_and_tolerated_failures(guest: Guest) -> None:
     )  # fmt: skip
     (khz,) = guest.vcpu.get([row])
     assert int.from_bytes(khz, "little") > 100_000
-    guest.vcpu.put([(row, khz)])
+    assert guest.vcpu.put([(row, khz)]) == ()
     impossible = (1).to_bytes(4, "little")
     regs = (guest.table.by_name["regs"], bytes(Regs(rax=0x5555, rflags=2)))
-    guest.vcpu.put([(row, impossible), regs])
+    (error,) = guest.vcpu.put([(row, impossible), regs])
+    assert (error.substate, error.ioctl, error.symbol) == ("tsc_khz", "KVM_SET_TSC_KHZ", "EINVAL")
     assert guest.regs().rax == 0x5555
     with pytest.raises(SubstateError, match="tsc_khz"):
         guest.vcpu.put([(replace(row, tolerated=False), impossible)])
+    events = (guest.table.by_name["events"], bytes(VcpuEvents(flags=0x80000000)))
+    with pytest.raises(SubstateError, match="events") as failed:
+        guest.vcpu.put([regs, (row, impossible), events, (row, impossible)])
+    assert failed.value.moved == 2
+    assert [each.substate for each in failed.value.tolerated] == ["tsc_khz"]
+
+
+def test_the_tsc_offset_is_a_device_attribute_behind_a_pointer(guest: Guest) -> None:
+    """Linux 828ca89628bf brought the capability to x86 with this attribute: the one tells of the other."""
+    row = guest.table.by_name.get("tsc_offset")
+    has_device_attr = 0x4018AEE3
+    attribute = bytes(24)  # struct kvm_device_attr: group KVM_VCPU_TSC_CTRL, attribute KVM_VCPU_TSC_OFFSET
+    there = lib.vd_ioctl(guest.vcpu._fd.number, has_device_attr, attribute) == 0
+    assert there is (row is not None)
+    if row is None:
+        pytest.skip("this kernel has no TSC offsets")
+    regs = guest.table.by_name["regs"]
+    raw = guest.vcpu.get([replace(row, template=b"unwritten"[:8]), regs])[0]
+    assert raw != b"unwritten"[:8]
+    guest.vcpu.put([(row, raw), (regs, bytes(Regs(rax=0x77, rflags=2)))])
+    assert (guest.get("tsc_offset"), guest.regs().rax) == (raw, 0x77)
+
+
+def test_a_tolerated_partial_msr_put_names_the_msr(guest: Guest) -> None:
+    row = replace(guest.table.by_name["msrs"], tolerated=True)
+    (error,) = guest.vcpu.put([(row, pack_msrs({0xC0000081: 5, 0xC0000082: 1 << 63}))])
+    assert error.symbol == "EINVAL"
+    assert "MSR 0xc0000082 = 0x8000000000000000 refused, 1 of 2 moved" in str(error)
 
 
 # Who may

@@ -478,11 +478,15 @@ def _worker(make: Make, *, set_up: bool = True) -> Guest:
     return guest
 
 
+OFFSET = "tsc_offset"
+"""Counts from each VM's own birth: the TSC's MSR says it to another one."""
+
+
 def _outcome(guest: Guest) -> tuple[object, ...]:
     return (
         hashlib.sha256(guest.memory[:]).hexdigest(),
         guest.vm.now(),  # type: ignore[attr-defined]
-        [[guest.get(index, row.name) for row in guest.table.get_order] for index in range(4)],
+        [[guest.get(index, row.name) for row in guest.table.get_order if row.name != OFFSET] for index in range(4)],
     )
 
 
@@ -523,7 +527,7 @@ def test_a_copy_of_the_machine_goes_on_like_the_original(make: Make, after: floa
             zip((row.name for row in one.table.get_order), one.vcpus[index].get(one.table.get_order), strict=True)
         )
         rows = [(row, values[row.name]) for row in copy.table.put_order if row.name in values]
-        copy.vcpus[index].put(rows)
+        copy.vcpus[index].put([(row, raw) for row, raw in rows if row.name != OFFSET])
     machine = one.vm.get(one.machine_rows)
     copy.vm.put([(row, row.at(raw, row.level)) for row, raw in zip(copy.machine_rows, machine, strict=True)])
     assert _outcome(copy) == _outcome(one), "nothing is lost on the way"

@@ -294,6 +294,25 @@ def test_the_tsc_is_set_exactly_and_runs_on(make: Make) -> None:
     assert guest.u32(0x6000) == 7
 
 
+def test_an_armed_deadline_stands_where_it_is_on_a_tsc_that_is_set(make: Make) -> None:
+    """A TSC younger than the VM, as after a reset, has an offset below zero: its deadline isn't over for that."""
+    guest = make("out %al, $0xf4", "long")
+    guest.vm.scheduler.set_time(1_000_000_000)  # type: ignore[attr-defined]
+    page = bytearray(guest.get(0, "lapic"))
+    for register, value in ((0xF0, 0x1FF), (0x320, 2 << 17 | 0x60)):  # software enable; TSC-deadline mode
+        page[register : register + 4] = value.to_bytes(4, "little")
+    guest.put(0, lapic=bytes(page), msrs_reset=pack_msrs({0x10: 0}))
+    guest.put(0, tsc_deadline=pack_msrs({0x6E0: 50_000}))
+    guest.run()
+    assert unpack_msrs(guest.get(0, "tsc_deadline")) == {0x6E0: 50_000}
+    assert int.from_bytes(guest.get(0, "tsc_offset"), "little", signed=True) == -1_000_000_000
+    ahead = (-1_000_000_000 + 60_000) % (1 << 64)
+    guest.put(0, tsc_offset=ahead.to_bytes(8, "little"))
+    assert unpack_msrs(guest.get(0, "msrs_reset"))[0x10] > 60_000
+    guest.run()
+    assert unpack_msrs(guest.get(0, "tsc_deadline")) == {0x6E0: 0}
+
+
 def test_the_clock_is_set_and_neither_tsc_nor_apic_timer_notice(make: Make) -> None:
     guest = make()
     (clock_row,) = [row for row in guest.machine_rows if row.name == "clock"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from kvm import sync
 from kvm.backends.interface import Bus, Exit, IoctlTrace, VcpuFd, Vm
+from kvm.chips import Chips
 from kvm.errors import KvmError, SubstateError
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
@@ -98,6 +99,12 @@ def makes_progress(machine: Machine, instructions: int = 2000) -> None:
 
     start = counted()
     until(lambda: counted() - start & 0xFFFFFFFF > instructions)
+
+
+def tsc_distances(vcpus: Sequence[Mapping[str, bytes]]) -> list[int]:
+    """How far each VCPU's TSC is from VCPU 0's; none where there are no offsets."""
+    offsets = [int.from_bytes(vcpu.get("tsc_offset", b""), "little") for vcpu in vcpus]
+    return [offset - offsets[0] & (1 << 64) - 1 for offset in offsets]
 
 
 def synchronize(machine: Machine, vcpu: int = 0) -> Vcpu:
@@ -198,9 +205,17 @@ class FaultyFd:
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         return [self._move(place, row, row.get, self._fd.get, row)[0] for place, row in enumerate(rows)]
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+        tolerated: tuple[SubstateError, ...] = ()
         for place, (row, raw) in enumerate(rows):
-            self._move(place, row, row.put, self._fd.put, (row, raw))
+            try:
+                tolerated += self._move(place, row, row.put, self._fd.put, (row, raw)) or ()
+            except SubstateError as error:
+                if not row.tolerated:
+                    error.tolerated = tolerated
+                    raise
+                tolerated += (error,)
+        return tolerated
 
     def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], what: Any) -> Any:
         assert ioctl is not None
@@ -217,6 +232,12 @@ class FaultyFd:
             raise KvmError("KVM_RUN", number, vcpu=self._index)
         ended: Exit = self._fd.run(bus)
         return ended
+
+
+def inject_from_the_start(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+    """The same for machines that are built from now on."""
+    monkeypatch.setattr("kvm.machine.Vcpu", lambda fd, *rest: Vcpu(FaultyFd(fd, fault), *rest))  # type: ignore[arg-type]
+    monkeypatch.setattr("kvm.machine.Chips", lambda vm, caps: Chips(FaultyFd(vm, fault), caps))  # type: ignore[arg-type]
 
 
 def inject(machine: Machine, fault: Fault) -> None:

@@ -14,12 +14,16 @@ import pytest
 
 from kvm import sync
 from kvm.backends.interface import Exit, System
+from kvm.backends.kernel.library import lib
+from kvm.backends.kernel.vcpu import KernelVcpuFd
+from kvm.backends.software.system import SoftwareSystem
+from kvm.backends.software.vcpu import SoftwareVcpu
 from kvm.errors import MachineError
 from kvm.ledger import Ledger
 from kvm.machine import Machine, Phase
 from kvm.snapshot.state import MachineState
 from kvm.vcpu import Reply, Vcpu
-from kvm.x86 import msrs
+from kvm.x86 import msrs, tsc
 from kvm.x86.structs import (
     EVENT_VALID_NMI_PENDING,
     EVENT_VALID_SIPI_VECTOR,
@@ -53,6 +57,7 @@ from tests.kvm.contract.lab import (
     regs_of,
     synchronize,
     take_interrupts,
+    tsc_distances,
     whole,
     with_get_order,
     with_put_order,
@@ -249,7 +254,8 @@ def test_bug_05_a_device_that_synchronises_as_it_loads_clobbers_nothing(
         monkeypatch.setattr(machine, "pause", None)
         with Tracing(machine) as trace:
             machine.load(state)
-        assert all(not ioctl.startswith("KVM_GET") for vcpu in (0, 1) for ioctl, _ in trace.moved(vcpu)) is guarded
+        read = [substate for vcpu in (0, 1) for ioctl, substate in trace.moved(vcpu) if ioctl.startswith("KVM_GET")]
+        assert ([*read] == [*tsc.FOUND_IN]) is guarded  # those once, on VCPU 0, and not into its copy
         assert regs_of(machine, 1).rbx == 0x1111
 
 
@@ -312,21 +318,43 @@ def test_bug_06_a_vcpu_that_never_ran_can_be_synchronised(
 # 7: a put on the wrong thread
 
 
-def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(system: System, tmp_path: Path) -> None:
+@guarded
+def test_bug_07_every_ioctl_of_a_vcpu_is_made_by_its_own_thread(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    if not guarded:
+        do_where_asked(monkeypatch)
     with build(system, tmp_path, COUNT, vcpus=3) as machine:
         with Tracing(machine) as trace:
             machine.run()
             machine.pause()
-            machine.step()
+            machine.step(0)
             machine.reset()
             machine.restore(machine.checkpoint())
             machine.edit(2, "rip", 0x1000)
             machine.run()
             machine.pause()
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for vcpu in machine.vcpus:
-            assert {names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"}
+        own = [{names[ident] for ident in trace.threads(vcpu.index)} == {f"vcpu{vcpu.index}"} for vcpu in machine.vcpus]
+        assert own == [guarded] * 3
         assert {"KVM_RUN"} <= {call.ioctl for call in trace.calls}
+
+
+def do_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped VCPU's state moved by whoever wants it moved, and fds that don't mind."""
+    for fd in (SoftwareVcpu, KernelVcpuFd):
+        monkeypatch.setattr(fd, "bind", lambda fd: lib.vd_bind(fd.mapping) if isinstance(fd, KernelVcpuFd) else None)
+    real = Vcpu.post
+
+    def post(vcpu: Vcpu, work: Callable[[], Any]) -> Reply[Any]:
+        if vcpu.running or work in (vcpu._resume, vcpu._stop, vcpu._step):
+            return real(vcpu, work)
+        reply: Reply[Any] = Reply(vcpu.index)
+        result = work()
+        reply.deliver(lambda: result)
+        return reply
+
+    monkeypatch.setattr(Vcpu, "post", post)
 
 
 def test_bug_07_an_ioctl_from_another_thread_is_refused(system: System, tmp_path: Path) -> None:
@@ -342,7 +370,9 @@ def test_bug_07_an_ioctl_from_another_thread_is_refused(system: System, tmp_path
 # 8: the TSC differs between VCPUs after a reset or restore
 
 
-TSC_STEP = 1 << 50
+TSC_STEP = (1 << 50) + 12345
+TICK = 777
+"""Nanoseconds that pass between two ioctls."""
 
 
 @pytest.mark.parametrize("how", ["reset", "load"])
@@ -351,28 +381,102 @@ def test_bug_08_all_vcpus_have_one_tsc_after_reset_and_load(
     system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guarded: bool, how: str
 ) -> None:
     if not guarded:
-        with_rows(monkeypatch, msrs_reset={"level": FULL + 1})
+        with_rows(monkeypatch, msrs_reset={"level": FULL + 1}, tsc_offset={"level": FULL + 1})
     with build(system, tmp_path, HLT, vcpus=3) as machine:
         state = machine.save()
-        row = machine.table.by_name["msrs_reset"]
-        drift = machine.vcpus[1]
         before = read_tsc(machine, 1)
-        drift.run_on(lambda: drift.fd.put([(row, pack_msrs({msrs.TSC: before + TSC_STEP}))]))
+        write_tsc(machine, 1, before + TSC_STEP)
         if read_tsc(machine, 1) - before < TSC_STEP and not guarded:
             pytest.skip("this kernel ignores writes to the TSC: the guard can't be missed here")
-        if how == "reset":
-            machine.reset()
-        else:
-            machine.load(state)
+        with Tracing(machine) as trace:
+            machine.reset() if how == "reset" else machine.load(state)
         # What lies between two reads of one counter is the same counter, if the order is right.
         first, others, last = read_tsc(machine, 0), [read_tsc(machine, 1), read_tsc(machine, 2)], read_tsc(machine, 0)
         assert all(first <= other <= last for other in others) is guarded
+        if guarded and "tsc_offset" in machine.table.by_name:
+            for vcpu in range(3):
+                put = [name for ioctl, name in trace.moved(vcpu) if ioctl in ("KVM_SET_MSRS", "KVM_SET_DEVICE_ATTR")]
+                assert put == [name for name in ("msrs", "msrs_reset", "tsc_offset", "tsc_deadline") if name in put]
+                assert {"msrs_reset", "tsc_offset"} <= {*put}
+            # To the cycle; where this kernel ignores it, all read as zero.
+            assert len({read_row(machine, vcpu, "tsc_offset") for vcpu in range(3)}) == 1
+
+
+OFFSETS_AS_OTHERS_HAD_THEM: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "exact": lambda patch: None,
+    "the TSC's MSR alone": lambda patch: with_rows(patch, tsc_offset={"level": FULL + 1}),
+    "the MSR after the offset": lambda patch: with_put_order(patch, "tsc_offset", before="msrs_reset"),
+    "each VCPU by itself": lambda patch: patch.setattr(sync, "_put_all", each_by_itself),
+}
+
+
+def each_by_itself(vcpus: Any, level: Any) -> Any:
+    """The offsets as they were saved, on a host whose TSC is another by now."""
+    return sync._on_all(vcpus, lambda vcpu: sync._put(vcpu, level))
+
+
+@pytest.mark.parametrize("how", ["reset", "load", "restore", "into another machine"])
+@pytest.mark.parametrize("offsets", OFFSETS_AS_OTHERS_HAD_THEM)
+def test_bug_08_time_between_the_writes_moves_no_tsc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offsets: str, how: str
+) -> None:
+    """The guest has set one VCPU's TSC apart. Time passes between all ioctls; PVM, where these tests run, would ignore
+    the writes, so this is the software backend's alone."""
+    OFFSETS_AS_OTHERS_HAD_THEM[offsets](monkeypatch)
+    system = SoftwareSystem()
+    with build(system, tmp_path, COUNT, vcpus=3) as one, build(system, tmp_path, COUNT, vcpus=3) as other:
+        write_tsc(one, 1, read_tsc(one, 1) + TSC_STEP)
+        one.run()
+        makes_progress(one)
+        time_passes(system, one)
+        checkpoint = one.checkpoint()
+        saved = [unpack_msrs(vcpu["msrs_reset"])[msrs.TSC] for vcpu in checkpoint.state.vcpus]
+        distances = tsc_distances(checkpoint.state.vcpus)
+        target = other if how == "into another machine" else one
+        target.pause()
+        passes(target, 1_000_000 * TICK)
+        time_passes(system, target)
+        if how == "reset":
+            one.reset()
+        elif how == "restore":
+            one.restore(checkpoint)
+        else:
+            target.load(checkpoint.state)
+        system.fault = None
+        expected, start = ([0, 0, 0], 0) if how == "reset" else (distances, saved[0])
+        exact = tsc_distances([{"tsc_offset": read_row(target, vcpu, "tsc_offset")} for vcpu in range(3)]) == expected
+        exact &= 0 <= read_tsc(target, 0) - start < 1000 * TICK  # it goes on from where it was
+        assert exact is (offsets == "exact")
+
+
+def passes(machine: Machine, nanoseconds: int) -> None:
+    scheduler = machine._vm.scheduler  # type: ignore[attr-defined]
+    scheduler.set_time(scheduler.now() + nanoseconds)
+
+
+def time_passes(system: SoftwareSystem, machine: Machine) -> None:
+    """From now on, at each get of one of the machine's VCPUs; a put takes longer."""
+
+    def tick(ioctl: str, substate: str, vcpu: int | None) -> int:
+        if substate and vcpu is not None:
+            passes(machine, 3 * TICK if "_SET_" in ioctl else TICK)
+        return 0
+
+    system.fault = tick
+
+
+def read_row(machine: Machine, vcpu: int, name: str) -> bytes:
+    row, fd = machine.table.by_name[name], machine.vcpus[vcpu].fd
+    return machine.vcpus[vcpu].run_on(lambda: fd.get([row]))[0]
 
 
 def read_tsc(machine: Machine, vcpu: int) -> int:
-    row = machine.table.by_name["msrs_reset"]
-    fd = machine.vcpus[vcpu].fd
-    return unpack_msrs(machine.vcpus[vcpu].run_on(lambda: fd.get([row]))[0])[msrs.TSC]
+    return unpack_msrs(read_row(machine, vcpu, "msrs_reset"))[msrs.TSC]
+
+
+def write_tsc(machine: Machine, vcpu: int, value: int) -> None:
+    row, fd = machine.table.by_name["msrs_reset"], machine.vcpus[vcpu].fd
+    machine.vcpus[vcpu].run_on(lambda: fd.put([(row, pack_msrs({msrs.TSC: value}))]))
 
 
 # 9: VCPUs resumed before the clock is set

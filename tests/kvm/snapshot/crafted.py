@@ -67,6 +67,17 @@ def with_substate(path: Path, vcpu: int, name: str, raw: bytes) -> Path:
     return rewritten(path, change)
 
 
+def without_substate(path: Path, name: str) -> Path:
+    """A file as from before vmdeck had this."""
+
+    def change(draft: dict[str, Any]) -> None:
+        state: MachineState = draft["state"]
+        vcpus = tuple({key: raw for key, raw in copy.items() if key != name} for copy in state.vcpus)
+        draft["state"] = replace(state, vcpus=vcpus)
+
+    return rewritten(path, change)
+
+
 def with_device(path: Path, name: str, raw: bytes) -> Path:
     def change(draft: dict[str, Any]) -> None:
         state: MachineState = draft["state"]
@@ -76,12 +87,13 @@ def with_device(path: Path, name: str, raw: bytes) -> Path:
 
 
 def settled(state: MachineState) -> tuple[object, ...]:
-    """The state without what goes on by itself while the machine stands: the TSC and the LAPIC timer's count."""
+    """The state without what goes on by itself while the machine stands: the TSC (and its distance from the host's) and
+    the LAPIC timer's count."""
     vcpus = []
     for copy in state.vcpus:
         time = {name: unpack_msrs(copy[name]) | dict.fromkeys(_TSC, 0) for name in ("msrs_reset", "tsc_deadline")}
         lapic = copy["lapic"][:_TIMER_COUNT] + bytes(4) + copy["lapic"][_TIMER_COUNT + 4 :]
-        vcpus.append({**copy, **time, "lapic": lapic})
+        vcpus.append({**copy, **time, "lapic": lapic, "tsc_offset": b""})
     return vcpus, state.devices
 
 

@@ -116,6 +116,23 @@ def test_msrs_go_by_their_numbers() -> None:
     assert loss.startswith("MSR TSC_AUX = 0x9")
 
 
+def test_a_state_without_tsc_offsets_gets_them_from_its_tscs() -> None:
+    """Those read within a second of VCPU 0's count as one, as KVM has it; one set apart by the guest stays so."""
+    caps = NEW | {"KVM_CAP_VCPU_ATTRIBUTES": 1}
+    table, start = vcpu_table(caps, MSRS), 1 << 42
+    apart = (0, 5_000, 1 << 40, -(1 << 40))
+    old = tuple(of(NEW, msrs_reset=pack_msrs({0x10: start + ticks})) for ticks in apart)
+    fresh = [blank(table) | {"tsc_offset": b"\7" * 8}] * 4
+    state, losses = fit(MachineState(old, {}, {}), table, (), fresh, {}, ran=False)
+    assert not losses
+    assert [int.from_bytes(vcpu["tsc_offset"], "little", signed=True) for vcpu in state.vcpus] == [
+        0, 0, 1 << 40, -(1 << 40)
+    ]  # fmt: skip
+    new = of(caps, tsc_offset=b"\5" * 8)
+    assert fitted(new, caps)[0]["tsc_offset"] == b"\5" * 8
+    assert fitted(new, NEW)[1] == ()
+
+
 def test_xcr0_matters_only_beyond_x87() -> None:
     def xcrs(value: int) -> bytes:
         raw = Xcrs(nr_xcrs=1)

@@ -22,8 +22,9 @@ from kvm.snapshot import chain
 from kvm.snapshot.file import read
 from kvm.x86 import layout
 from kvm.x86.structs import MpState, Regs
+from tests.kvm.contract.lab import tsc_distances
 from tests.kvm.machines import COUNT, HLT, OUT_80, build, until
-from tests.kvm.snapshot.crafted import memory_in, memory_of, settled
+from tests.kvm.snapshot.crafted import memory_in, memory_of, settled, without_substate
 from tests.kvm.test_demo_machine import Serial, assert_healthy, demo
 
 MIB = 1 << 20
@@ -215,6 +216,17 @@ def test_flattened_it_needs_no_other(system: System, tmp_path: Path) -> None:
         assert file.head.parent is None
         assert file.head.state.vcpus == state.vcpus
     assert memory_in(flat) == made[2][1]
+
+
+def test_a_file_from_before_there_were_tsc_offsets(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, COUNT, vcpus=3, memory=4 * MIB) as machine:
+        machine.save_file(tmp_path / "new")
+        state = machine.save()
+        old = without_substate(tmp_path / "new", "tsc_offset")
+        assert machine.load_file(old) == ()
+        again = machine.save()
+        assert settled(again) == settled(state)
+        assert tsc_distances(again.vcpus) == [0, 0, 0]
 
 
 def test_checkpoints_outlive_a_load_and_the_other_way_round(system: System, tmp_path: Path) -> None:
