@@ -76,8 +76,10 @@ class Machine:
 
     def _build(self) -> None:
         caps = self.system.caps
-        self._vm.create_irqchip()
+        # Memory first: creating the irqchip leaves the kernel with a grace period under way (SRCU), which a slot that is
+        # set behind it waits for, 5 ms.
         self.memory = Memory(self._vm, self.config.memory, self.image.rom)
+        self._vm.create_irqchip()
         self._pages = PageStore(self.memory)
         self.files = MachineFiles(self._pages)
         self.board = Board(self, memory=self.config.memory, vcpus=self.config.vcpus)
@@ -221,6 +223,7 @@ class Machine:
         """
         with self._operation("load"):
             check(state, self.table, self._chips.rows, len(self.vcpus))
+            self.board.check(state.devices)
             self._pause_for("load")
             self._load(state)
             self._set_status(Status(Phase.PAUSED, "loaded"))
@@ -509,6 +512,7 @@ class Machine:
 
     def _take(self, mapped: Mapped, state: MachineState) -> None:
         """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
+        self.board.check(state.devices)
         epoch, status, half_done, rom = self._supervisor.epoch, self._status, self._half_done, self._rom()
         before, settled = self._save(self._stop_all()), self._pages.settled()
         ram = self.memory.replace_ram(mapped.ram)
@@ -543,7 +547,6 @@ class Machine:
 
     def _load(self, state: MachineState) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
-        self.board.check(state.devices)
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
