@@ -76,8 +76,8 @@ class Machine:
 
     def _build(self) -> None:
         caps = self.system.caps
-        # Memory first: creating the irqchip leaves the kernel with a grace period under way (SRCU), which a slot that is
-        # set behind it waits for, 5 ms.
+        # Memory first: creating the irqchip leaves the kernel with a grace period (SRCU) under way, and a slot that is
+        # set after it waits for that, 5 ms.
         self.memory = Memory(self._vm, self.config.memory, self.image.rom)
         self._vm.create_irqchip()
         self._pages = PageStore(self.memory)

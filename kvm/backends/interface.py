@@ -100,7 +100,7 @@ class Bell(Protocol):
 
 
 class VcpuFd(Protocol):
-    """One VCPU. All but ``bell``, ``kick``, ``request_sample``, ``sample`` and ``waiting`` belong to the bound thread."""
+    """One VCPU. All but ``bell``, ``kick``, ``request_sample``, ``sample``, ``waiting`` belong to the bound thread."""
 
     @property
     def index(self) -> int: ...

@@ -91,7 +91,7 @@ def restore() -> None:
         with machine(DIRTY, vcpus, MEMORY, "flat32") as m:
             checkpoint = m.checkpoint()
             for name, count in (("10", 10), ("1000", 1000), ("all", ALL_PAGES)):
-                rounds = 101 if count < ALL_PAGES else 21
+                rounds = 101 if count < ALL_PAGES else 15
 
                 def touch(count: int = count) -> None:
                     m.restore(checkpoint)

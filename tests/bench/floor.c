@@ -4,7 +4,7 @@
  *   floor pio           median µs of a port write exit
  *   floor pages         median µs of going back by dirty log, 128 MiB: 10, 1,000 and all pages
  *   floor restore VCPUS median µs of going back by dirty log plus the FULL put of all VCPUs and the irqchips
- *   floor threads VCPUS the same, each VCPU's put on a thread of its own, all at once: as the contract has it
+ *   floor threads VCPUS the same, but each VCPU runs and is put on a thread of its own, as the contract has it
  *
  * Prints one JSON object. The substates are those of kvm/x86/substates.py, in its order.
  */
@@ -243,21 +243,25 @@ static void put_machine(void)
 	CALL(vm, KVM_SET_CLOCK, &kvmclock);
 }
 
-static void put_all(int count)
+/* Work for the first `count` VCPUs: one after the other here, or all at once, each on a thread of its own. */
+typedef void work_on(int vcpu);
+
+static void here(int count, work_on *work)
 {
 	for (int i = 0; i < count; i++)
-		put(vcpus[i]);
+		work(vcpus[i]);
 }
 
-static sem_t asked[MAX_VCPUS], done;
+static work_on *asked;
+static sem_t ask[MAX_VCPUS], done;
 
 static void *own_thread(void *number)
 {
 	int i = (int)(intptr_t)number;
 
 	for (;;) {
-		sem_wait(&asked[i]);
-		put(vcpus[i]);
+		sem_wait(&ask[i]);
+		asked(vcpus[i]);
 		sem_post(&done);
 	}
 	return NULL;
@@ -269,24 +273,35 @@ static void start_threads(int count)
 
 	sem_init(&done, 0, 0);
 	for (int i = 0; i < count; i++) {
-		sem_init(&asked[i], 0, 0);
+		sem_init(&ask[i], 0, 0);
 		if (pthread_create(&thread, NULL, own_thread, (void *)(intptr_t)i))
 			exit(1);
 	}
 }
 
-static void put_on_threads(int count)
+static void on_threads(int count, work_on *work)
 {
+	asked = work;
 	for (int i = 0; i < count; i++)
-		sem_post(&asked[i]);
+		sem_post(&ask[i]);
 	for (int i = 0; i < count; i++)
 		sem_wait(&done);
+}
+
+static void run_to_out(int vcpu)
+{
+	CALL(vcpu, KVM_RUN, 0);
+	if (runs[0]->exit_reason != KVM_EXIT_IO) {
+		fprintf(stderr, "exit %u\n", runs[0]->exit_reason);
+		exit(1);
+	}
+	get(vcpu);
 }
 
 /* What the dirtying guest has to do to dirty all but its own page and what lies below it. */
 #define ALL_PAGES (MEMORY / PAGE - 512)
 
-static double pages(int count, uint32_t dirty, void (*put_vcpus)(int))
+static double pages(int count, uint32_t dirty, void (*on_all)(int, work_on *))
 {
 	static uint64_t bitmap[MEMORY / PAGE / 64];
 	double times[101];
@@ -303,28 +318,19 @@ static double pages(int count, uint32_t dirty, void (*put_vcpus)(int))
 	CALL(vcpus[0], KVM_SET_SREGS2, &sregs);
 	regs.rip = 0x1000;
 	CALL(vcpus[0], KVM_SET_REGS, &regs);
-	for (int round = 0; round < 101; round++) {
-		CALL(vcpus[0], KVM_RUN, 0);
-		if (runs[0]->exit_reason != KVM_EXIT_IO) {
-			fprintf(stderr, "exit %u\n", runs[0]->exit_reason);
-			exit(1);
-		}
-		double start = now();
-		go_back(bitmap);
-		times[round] = now() - start;
-	}
-	static double whole[101];
-	for (int round = 0; round < 101 && count; round++) {
-		CALL(vcpus[0], KVM_RUN, 0);
-		get(vcpus[0]);
+	const int rounds = dirty < ALL_PAGES ? 101 : 15;
+	for (int round = 0; round < rounds; round++) {
+		on_all(1, run_to_out);
 		get_machine();
 		double start = now();
 		go_back(bitmap);
-		put_machine();
-		put_vcpus(count);
-		whole[round] = now() - start;
+		if (count) {
+			put_machine();
+			on_all(count, put);
+		}
+		times[round] = now() - start;
 	}
-	return median(count ? whole : times, 101);
+	return median(times, rounds);
 }
 
 int main(int argc, char **argv)
@@ -337,13 +343,13 @@ int main(int argc, char **argv)
 		pio();
 	else if (!strcmp(what, "pages") ||
 		 ((!strcmp(what, "restore") || !strcmp(what, "threads")) && count >= 1 && count <= MAX_VCPUS)) {
-		void (*put_vcpus)(int) = what[0] == 't' ? put_on_threads : put_all;
+		void (*on_all)(int, work_on *) = what[0] == 't' ? on_threads : here;
 
 		build(count ? count : 1);
 		if (what[0] == 't')
 			start_threads(count);
-		double few = pages(count, 10, put_vcpus), many = pages(count, 1000, put_vcpus);
-		printf("{\"10\": %.2f, \"1000\": %.2f, \"all\": %.2f}\n", few, many, pages(count, ALL_PAGES, put_vcpus));
+		double few = pages(count, 10, on_all), many = pages(count, 1000, on_all);
+		printf("{\"10\": %.2f, \"1000\": %.2f, \"all\": %.2f}\n", few, many, pages(count, ALL_PAGES, on_all));
 	} else {
 		fprintf(stderr, "usage: floor hooks VCPUS | pio | pages | restore VCPUS | threads VCPUS\n");
 		return 2;
