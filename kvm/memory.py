@@ -26,6 +26,18 @@ _PAGEMAP_BACKED = 62
 _MAP_NORESERVE = 0x4000 if hasattr(mmap, "MAP_ANONYMOUS") else 0
 
 
+def union(some: Pages, others: Pages) -> Pages:
+    """The numbers that are in either, ascending: ``np.union1d`` without the import of masked arrays that it begins with.
+
+    It takes 20 ms, in the first restore.
+    """
+    both = np.concatenate((some, others))
+    both.sort()
+    new = np.ones(len(both), bool)
+    np.not_equal(both[1:], both[:-1], out=new[1:])
+    return both[new]
+
+
 def _host_memory(size: int) -> mmap.mmap:
     """Anonymous, zero, private; taken from the host page by page as it's touched."""
     try:
@@ -159,7 +171,7 @@ class Memory:
             pages = self._vm.dirty_pages(region.slot)
             if region.host_wrote:
                 host = np.fromiter(region.host_wrote, np.int64, len(region.host_wrote))
-                pages = np.union1d(pages, host)
+                pages = union(pages, host)
                 region.host_wrote.clear()
             found.append(pages + region.first_page if region.first_page else pages)
         return found[0] if len(found) == 1 else np.concatenate(found)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from kvm.backends.interface import PAGE_SIZE
-from kvm.memory import Memory, Pages
+from kvm.memory import Memory, Pages, union
 from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 
 _PIECE = 256
@@ -57,7 +57,7 @@ class PageStore:
         assert self._base is not None, "an index comes from take()"
         pages = self._collect()
         if index is not self._base:
-            pages = np.union1d(pages, np.flatnonzero(index != self._base))
+            pages = union(pages, np.flatnonzero(index != self._base))
         if len(pages):
             self._fill(pages, index[pages])
         self._settle(index)
@@ -107,17 +107,17 @@ class PageStore:
         for index in (*indices, *self._held, *(() if self._base is None else (self._base,))):
             which = index >> SOURCE_SHIFT
             if self._files:
-                files.update(np.unique(which).tolist())
+                files.update(_sources(which))
             kept[index[which == 0]] = True
         self._files = {source: pages for source, pages in self._files.items() if source in files}
         self._free = np.flatnonzero(~kept).tolist()
 
     def _fill(self, pages: Pages, numbers: Index) -> None:
-        which = numbers >> SOURCE_SHIFT
-        if not which.any():
+        if not self._files:
             self._memory.put_pages(pages, self._contents, numbers)
             return
-        for source in np.unique(which).tolist():
+        which = numbers >> SOURCE_SHIFT
+        for source in _sources(which):
             here = which == source
             self._memory.put_pages(pages[here], self._files.get(source, self._contents), numbers[here] & PLACE_MASK)
 
@@ -127,7 +127,7 @@ class PageStore:
 
     def _collect(self) -> Pages:
         new = self._memory.dirty_pages()
-        self._dirty = np.union1d(self._dirty, new) if len(self._dirty) else new
+        self._dirty = union(self._dirty, new) if len(self._dirty) else new
         return self._dirty
 
     def _non_zero(self) -> Pages:
@@ -153,3 +153,9 @@ class PageStore:
         places += range(self._used, self._used + fresh)
         self._used += fresh
         return np.array(places, np.int64)
+
+
+def _sources(which: Index) -> list[int]:
+    """The numbers that occur in it, which are small."""
+    found: list[int] = np.flatnonzero(np.bincount(which)).tolist()
+    return found
