@@ -6,9 +6,10 @@ have to say goes into the inbox of the supervisor thread, which acts on it like 
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -22,7 +23,7 @@ from kvm.errors import KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
 from kvm.memory import Memory
-from kvm.snapshot.chain import open_chain
+from kvm.snapshot.chain import Chain, open_chain
 from kvm.snapshot.checkpoints import Checkpoints
 from kvm.snapshot.contents import Contents, Index
 from kvm.snapshot.file import Progress, Snapshot, Written
@@ -49,7 +50,10 @@ class Machine:
     Raises ConfigError, KvmError or MemoryAccessError where it can't be built.
     """
 
-    def __init__(self, system: System, image: BootImage, config: MachineConfig) -> None:
+    def __init__(
+        self, system: System, image: BootImage, config: MachineConfig, *, ram: Sequence[mmap.mmap] = ()
+    ) -> None:
+        """``ram``: its RAM, mapped from the file that is loaded next; the image isn't put into it."""
         config.check(system.caps["KVM_CAP_MAX_VCPUS"])
         self.system = system
         self.image = image
@@ -68,17 +72,17 @@ class Machine:
         self._ran = False
         self._vm = system.create_vm()
         try:
-            self._build()
+            self._build(ram)
         except BaseException:
             self._free()
             raise
         self._supervisor = Supervisor(self._lock, self._act)
 
-    def _build(self) -> None:
+    def _build(self, ram: Sequence[mmap.mmap]) -> None:
         caps = self.system.caps
         # Memory first: creating the irqchip leaves the kernel with a grace period (SRCU) under way, and a slot that is
         # set after it waits for that, 5 ms.
-        self.memory = Memory(self._vm, self.config.memory, self.image.rom)
+        self.memory = Memory(self._vm, self.config.memory, self.image.rom, ram)
         self._vm.create_irqchip()
         self._pages = PageStore(self.memory)
         self.files = MachineFiles(self._pages)
@@ -91,6 +95,8 @@ class Machine:
         for index in range(self.config.vcpus):
             fd = self._vm.create_vcpu(index)
             self.vcpus += (Vcpu(fd, self.table, self.board.bus, self.ledger, self._vcpu_stopped, control),)
+        if not ram:
+            self._load_image()
         self._power_on()
 
     def _power_on(self) -> None:
@@ -101,7 +107,6 @@ class Machine:
         for vcpu in self.vcpus:
             vcpu.copy["cpuid"] = cpuid.for_vcpu(supported, vcpu.index, len(self.vcpus), tsc_deadline=deadline)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
-        self._load_image()
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
 
@@ -318,8 +323,14 @@ class Machine:
         Memory is mapped, and checked meanwhile (the machine stops if it's damaged), or before all if ``verify``.
         Raises SnapshotError, SnapshotMismatch, KvmError: the machine is as it was.
         """
+        return self._load_chain(open_chain(path), drop=drop, verify=verify, progress=progress, cancel=cancel)
+
+    def _load_chain(
+        self, chain: Chain, *, drop: bool, verify: bool, progress: Progress, cancel: threading.Event | None
+    ) -> tuple[str, ...]:
+        """``load_file``, once the file is open. Closes it, now or when its memory is checked."""
         with ExitStack() as stack:
-            chain = stack.enter_context(open_chain(path))
+            stack.enter_context(chain)
             if verify:
                 chain.verify(progress, cancel)
             with self._operation("load a file"):
@@ -351,10 +362,12 @@ class Machine:
         progress: Progress = lambda done, total: None,
     ) -> tuple[Machine, tuple[str, ...]]:
         """A machine as the file's configuration says, loaded, paused; and what was lost. Raises as ``load_file``."""
-        with open_chain(path) as chain:
-            machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory))
+        with ExitStack() as stack:
+            chain = stack.enter_context(open_chain(path))
+            machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory), ram=chain.ram)
+            stack.pop_all()  # the chain is the machine's from here on
         try:
-            return machine, machine.load_file(path, drop=drop, verify=verify, progress=progress)
+            return machine, machine._load_chain(chain, drop=drop, verify=verify, progress=progress, cancel=None)
         except BaseException:
             machine.close()
             raise

@@ -91,12 +91,14 @@ class PageStore:
         self._base, self._dirty, self._files = settled
 
     def adopt(self, index: Index, files: Mapping[int, PageArray], missing: Pages) -> None:
-        """RAM holds what ``index`` says, but for the ``missing`` pages, which are filled in; nothing is dirty."""
+        """RAM holds what ``index`` says, but for the ``missing`` pages and what was written since its log was started.
+
+        Those are filled in; nothing is dirty then.
+        """
         self._files.update(files)
+        missing = union(missing, self._memory.dirty_pages())
         if len(missing):
             self._fill(missing, index[missing])
-        self._memory.start_log()
-        self._memory.dirty_pages()
         self._settle(index)
 
     def keep_only(self, indices: Iterable[Index]) -> None:
