@@ -50,7 +50,7 @@ def median(work: Callable[[], object], rounds: int = 301, prepare: Callable[[], 
 
 
 def line(what: str, ours: float, bare: float, unit: str = "µs") -> None:
-    print(f"{what:<52}{ours:>10.1f}{bare:>10.1f} {unit:<3}{ours / bare:>7.2f} ×", flush=True)
+    print(f"{what:<52}{ours:>10.1f}{bare:>10.1f} {unit:<3}{ours / bare:>8.3g} ×", flush=True)
 
 
 def machine(code: bytes, vcpus: int = 1, memory: int = 4 << 20, format: str = "flat16") -> Machine:
