@@ -149,6 +149,9 @@ class VcpuFd(Protocol):
 class Vm(Protocol):
     """One virtual machine."""
 
+    exact_log: bool
+    """Does ``dirty_pages`` tell of every write, while the guest runs too? Or of what differs from the last call's."""
+
     def create_irqchip(self) -> None:
         """The 8259 pair, the I/O APIC, the PIT (with port 0x61) and a local APIC for every VCPU; before the VCPUs."""
 

@@ -36,6 +36,11 @@ class PageStore:
         """The mapped pages of snapshot files that an index refers to, by source number."""
         self._held: list[Index] = []
 
+    @property
+    def empty(self) -> bool:
+        """Nothing was taken yet: a first ``take`` reads and copies all memory."""
+        return self._base is None
+
     def take(self) -> tuple[Index, int]:
         """RAM as it is now: its index, and how many pages were stored for it. Raises MemoryError, losing nothing."""
         if self._base is None:

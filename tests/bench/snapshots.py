@@ -1,7 +1,7 @@
 """Snapshot files beside a C program that writes as many bytes, and beside QEMU on the same /dev/kvm.
 
 ``python -m tests.bench.snapshots [files] [qemu]`` prints a table. Needs /dev/kvm and gcc; for QEMU, qemu-system-x86 and
-qemu-utils. Half of a 128 MiB machine's memory is random bytes; everything goes to a folder on the disk that tests run on.
+qemu-utils. Half of a 128 MiB machine's memory is random bytes; all goes to a folder on the disk that tests run on.
 """
 
 from __future__ import annotations
