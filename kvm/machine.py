@@ -6,9 +6,10 @@ have to say goes into the inbox of the supervisor thread, which acts on it like 
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from kvm.devices.board import Board
 from kvm.errors import KvmError, MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.memory import Memory
-from kvm.snapshot.chain import open_chain
+from kvm.snapshot.chain import Chain, open_chain
 from kvm.snapshot.checkpoints import Checkpoints
 from kvm.snapshot.contents import Contents, Index
 from kvm.snapshot.file import Progress, Snapshot, Written
@@ -48,7 +49,10 @@ class Machine:
     Raises ConfigError, KvmError or MemoryAccessError where it can't be built.
     """
 
-    def __init__(self, system: System, image: BootImage, config: MachineConfig) -> None:
+    def __init__(
+        self, system: System, image: BootImage, config: MachineConfig, *, ram: Sequence[mmap.mmap] = ()
+    ) -> None:
+        """``ram``: its RAM, mapped from the file that is loaded next; the image isn't put into it."""
         config.check(system.caps)
         self.system = system
         self.image = image
@@ -67,16 +71,18 @@ class Machine:
         self._ran = False
         self._vm = system.create_vm()
         try:
-            self._build()
+            self._build(ram)
         except BaseException:
             self._free()
             raise
         self._supervisor = Supervisor(self._lock, self._act)
 
-    def _build(self) -> None:
+    def _build(self, ram: Sequence[mmap.mmap]) -> None:
         caps = self.system.caps
+        # Memory first: creating the irqchip leaves the kernel with a grace period (SRCU) under way, and a slot that is
+        # set after it waits for that, 5 ms.
+        self.memory = Memory(self._vm, self.config.memory, self.image.rom, ram)
         self._vm.create_irqchip()
-        self.memory = Memory(self._vm, self.config.memory, self.image.rom)
         self._pages = PageStore(self.memory)
         self.files = MachineFiles(self._pages)
         self.board = Board(self, memory=self.config.memory, vcpus=self.config.vcpus)
@@ -88,6 +94,8 @@ class Machine:
         for index in range(self.config.vcpus):
             fd = self._vm.create_vcpu(index)
             self.vcpus += (Vcpu(fd, self.table, self.board.bus, self.ledger, self._vcpu_stopped, control),)
+        if not ram:
+            self._load_image()
         self._power_on()
 
     def _power_on(self) -> None:
@@ -101,7 +109,6 @@ class Machine:
         sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self.chips)
         self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
         self._fresh_chips = self.chips.copy
-        self._load_image()
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
 
@@ -225,6 +232,7 @@ class Machine:
         """
         with self._operation("load"):
             check(state, self.table, self.chips.rows, len(self.vcpus))
+            self.board.check(state.devices)
             self._load(state, self._pause_for("load"))
             self._set_status(Status(Phase.PAUSED, "loaded"))
 
@@ -232,11 +240,14 @@ class Machine:
         """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
         with self._operation("checkpoint", whole=True):
             was_running = self._status.phase is Phase.RUNNING
+            ahead = self._take_ahead()
             state = self._save(self._stop_all())
             index, pages = self._take_pages()
-            checkpoint = self._checkpoints.add(name, state, index, pages)
+            checkpoint = self._checkpoints.add(name, state, index, ahead + pages)
             if was_running:
                 self._resume()
+            if ahead:
+                self._free_pages()
             return checkpoint
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -306,19 +317,12 @@ class Machine:
             self.files.check_target(path, incremental=incremental)
             parent = self.files.saved if incremental else None
             was_running = self._status.phase is Phase.RUNNING
+            self._take_ahead()
             state, contents = self._freeze()
             snapshot = Snapshot(
-                self.config.memory,
-                self.system.name,
-                time.time(),
-                why,
-                name,
-                note,
-                state,
-                contents,
-                self._rom(),
+                self.config.memory, self.system.name, time.time(), why, name, note, state, contents, self._rom(),
                 self.image,
-            )
+            )  # fmt: skip
             if was_running:
                 self._resume()
         try:
@@ -341,8 +345,14 @@ class Machine:
         Memory is mapped, and checked meanwhile (the machine stops if it's damaged), or before all if ``verify``.
         Raises SnapshotError, SnapshotMismatch, KvmError: the machine is as it was.
         """
+        return self._load_chain(open_chain(path), drop=drop, verify=verify, progress=progress, cancel=cancel)
+
+    def _load_chain(
+        self, chain: Chain, *, drop: bool, verify: bool, progress: Progress, cancel: threading.Event | None
+    ) -> tuple[str, ...]:
+        """``load_file``, once the file is open. Closes it, now or when its memory is checked."""
         with ExitStack() as stack:
-            chain = stack.enter_context(open_chain(path))
+            stack.enter_context(chain)
             if verify:
                 chain.verify(progress, cancel)
             with self._operation("load a file"):
@@ -374,10 +384,12 @@ class Machine:
         progress: Progress = lambda done, total: None,
     ) -> tuple[Machine, tuple[str, ...]]:
         """A machine as the file's configuration says, loaded, paused; and what was lost. Raises as ``load_file``."""
-        with open_chain(path) as chain:
-            machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory))
+        with ExitStack() as stack:
+            chain = stack.enter_context(open_chain(path))
+            machine = cls(system, chain.image(), MachineConfig(chain.head.vcpus, chain.head.memory), ram=chain.ram)
+            stack.pop_all()  # the chain is the machine's from here on
         try:
-            return machine, machine.load_file(path, drop=drop, verify=verify, progress=progress)
+            return machine, machine._load_chain(chain, drop=drop, verify=verify, progress=progress, cancel=None)
         except BaseException:
             machine.close()
             raise
@@ -541,6 +553,15 @@ class Machine:
                 "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
             ) from None
 
+    def _take_ahead(self) -> int:
+        """All memory, which a first checkpoint or save needs, while the guest runs on; the number of pages stored.
+
+        What it writes meanwhile is in the dirty log: the take that follows when it stands copies that again.
+        """
+        if self._status.phase is Phase.RUNNING and self._pages.empty and self._vm.exact_log:
+            return self._take_pages()[1]
+        return 0
+
     def _free_pages(self) -> None:
         self._pages.keep_only(self._checkpoints.indices)
 
@@ -550,6 +571,7 @@ class Machine:
 
     def _take(self, mapped: Mapped, state: MachineState) -> None:
         """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
+        self.board.check(state.devices)
         epoch, status, half_done, rom = self._supervisor.epoch, self._status, self._half_done, self._rom()
         before, settled = self._save(self._stop_all()), self._pages.settled()
         ram = self.memory.replace_ram(mapped.ram)
@@ -585,7 +607,6 @@ class Machine:
 
     def _load(self, state: MachineState, skew_us: float = 0.0) -> None:
         """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
-        self.board.check(state.devices)
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):

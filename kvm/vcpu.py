@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Generic, NoReturn, TypeVar
 
 from kvm import sync
-from kvm.backends.interface import Bus, Exit, ExitKind, Sample, VcpuFd
+from kvm.backends.interface import Bell, Bus, Exit, ExitKind, Sample, VcpuFd
 from kvm.errors import MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
@@ -63,22 +63,25 @@ class VcpuView:
 class Reply(Generic[T]):
     """The answer to posted work."""
 
-    def __init__(self, vcpu: int) -> None:
+    def __init__(self, vcpu: int, bell: Bell) -> None:
         self._vcpu = vcpu
-        self._box: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+        self._bell = bell
+        self._outcome: Callable[[], T] | None = None
 
     def deliver(self, outcome: Callable[[], T]) -> None:
-        self._box.put(outcome)
+        self._outcome = outcome
+        self._bell.ring()
 
     def outcome(self, timeout: float = WAIT_LIMIT) -> Callable[[], T]:
         """Wait for it; what comes back returns the result or raises. MachineError after ``timeout`` seconds."""
-        try:
-            return self._box.get(timeout=timeout)
-        except queue.Empty:
+        if self._outcome is None:
+            self._bell.wait(timeout)
+        if self._outcome is None:
             raise MachineError(
                 f"VCPU {self._vcpu} did not answer within {timeout:g} s. Its thread hangs in the kernel or the host is "
                 f"overloaded; the other VCPUs are as they were. Try again, or end vmdeck."
-            ) from None
+            )
+        return self._outcome
 
 
 def _result(value: T) -> Callable[[], T]:
@@ -124,6 +127,8 @@ class Vcpu:
         self._asked: tuple[int, bool, bool] | None = None
         """The last request for a sample: the newest one's number before it, did the VCPU wait at that one, and now?"""
         self._mailbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._bell = fd.bell()
+        """Rung when there is mail for a VCPU that doesn't run; one that does is kicked."""
         self._thread = threading.Thread(target=self._work, name=f"vcpu{fd.index}", daemon=True)
         self._thread.start()
 
@@ -131,7 +136,7 @@ class Vcpu:
 
     def post(self, work: Callable[[], T]) -> Reply[T]:
         """Have the VCPU's thread do this, soon; doesn't wait. From any thread."""
-        reply: Reply[T] = Reply(self.index)
+        reply: Reply[T] = Reply(self.index, self.fd.bell())
 
         def job() -> None:
             try:
@@ -144,6 +149,8 @@ class Vcpu:
         # In this order: either the thread, about to run the guest, sees the job, or we see that it runs.
         if self.running:
             self.fd.kick()
+        else:
+            self._bell.ring()
         return reply
 
     def run_on(self, work: Callable[[], T]) -> T:
@@ -173,6 +180,7 @@ class Vcpu:
         """End the thread and close the fd. Raises MachineError if the thread doesn't end."""
         self.stop()
         self._mailbox.put(None)
+        self._bell.ring()
         self._thread.join(WAIT_LIMIT)
         if self._thread.is_alive():
             raise MachineError(f"VCPU {self.index}'s thread did not end within {WAIT_LIMIT:g} s")
@@ -193,16 +201,15 @@ class Vcpu:
         while True:
             if self.running:
                 self.fd.clear_kick()  # before the look at the mailbox: a kick after it makes run() return at once
-                try:
-                    job = self._mailbox.get_nowait()
-                except queue.Empty:
-                    self._run_guest()
-                    continue
-            else:
+            if not self._mailbox.empty():
                 job = self._mailbox.get()
-            if job is None:
-                return
-            job()
+                if job is None:
+                    return
+                job()
+            elif self.running:
+                self._run_guest()
+            else:
+                self._bell.wait()
 
     def _run_guest(self) -> None:
         try:

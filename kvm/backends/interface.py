@@ -90,11 +90,24 @@ class IoctlTrace:
     """threading.get_ident() of the thread that made it."""
 
 
+class Bell(Protocol):
+    """Wakes the one thread that waits for it. What was rung before the wait counts; twice may count as once."""
+
+    def ring(self) -> None:
+        """Any thread; never blocks."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until it's rung, True, or so many seconds are over, False."""
+
+
 class VcpuFd(Protocol):
-    """One VCPU. All but ``kick``, ``request_sample``, ``sample`` and ``waiting`` belong to the bound thread."""
+    """One VCPU. All but ``bell``, ``kick``, ``request_sample``, ``sample``, ``waiting`` belong to the bound thread."""
 
     @property
     def index(self) -> int: ...
+
+    def bell(self) -> Bell:
+        """A new one, to hand work over by. Any thread."""
 
     def bind(self) -> None:
         """Make the calling thread the owner; calls from any other thread raise AssertionError from now on."""
@@ -136,6 +149,9 @@ class VcpuFd(Protocol):
 
 class Vm(Protocol):
     """One virtual machine."""
+
+    exact_log: bool
+    """Does ``dirty_pages`` tell of every write, while the guest runs too? Or of what differs from the last call's."""
 
     def create_irqchip(self) -> None:
         """The 8259 pair, the I/O APIC, the PIT (with port 0x61) and a local APIC for every VCPU; before the VCPUs."""

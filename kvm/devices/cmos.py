@@ -102,5 +102,5 @@ class Cmos:
         unpack(self.name, self._STATE, raw)
 
     def load(self, raw: bytes) -> None:
-        index, stored = unpack(self.name, self._STATE, raw)
+        index, stored = self._STATE.unpack(raw)
         self._index, self._bytes = index & 0x7F, bytearray(stored)

@@ -25,10 +25,10 @@ class Device(Protocol):
     def save(self) -> bytes: ...
 
     def check(self, raw: bytes) -> None:
-        """Raise VmdeckError if ``load`` couldn't take this."""
+        """Raise VmdeckError if this isn't what ``save`` gives, or is damaged."""
 
     def load(self, raw: bytes) -> None:
-        """Take the state that ``save`` gave; raises VmdeckError, having changed nothing, if it's damaged."""
+        """Take what ``check`` let pass."""
 
 
 class MmioDevice(Protocol):

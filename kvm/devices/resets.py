@@ -41,7 +41,7 @@ class Port92:
         unpack(self.name, self._STATE, raw)
 
     def load(self, raw: bytes) -> None:
-        (self._value,) = unpack(self.name, self._STATE, raw)
+        (self._value,) = self._STATE.unpack(raw)
 
 
 class ResetControl:
@@ -84,7 +84,6 @@ class ResetControl:
             raise damaged(self.name, f"its register can't hold {value:#x}")
 
     def load(self, raw: bytes) -> None:
-        self.check(raw)
         (self._value,) = self._STATE.unpack(raw)
 
 
@@ -188,7 +187,6 @@ class KeyboardController:
             raise damaged(self.name, "no keyboard controller can be in it")
 
     def load(self, raw: bytes) -> None:
-        self.check(raw)
         self._config, self._output_port, self._answer, self._full, self._expecting, self._status = self._STATE.unpack(
             raw
         )

@@ -269,7 +269,6 @@ class Uart:
             raise damaged(self.name, "no 16550A can be in it")
 
     def load(self, raw: bytes) -> None:
-        self.check(raw)
         (
             self._ier, self._fcr, self._lcr, self._mcr, self._scr, self._dll, self._dlm,
             self._errors, self._deltas, self._last, thre, count, rx,

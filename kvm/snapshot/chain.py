@@ -9,6 +9,7 @@ from bisect import bisect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +28,7 @@ from kvm.x86 import layout
 MAX_GENERATIONS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Chain:
     """``files`` from the one that holds everything to the one asked for. A context manager."""
 
@@ -76,8 +77,13 @@ class Chain:
     def contents(self) -> Contents:
         return Contents(self.index(), {0: np.zeros((1, PAGE_SIZE), np.uint8), **self.sources()})
 
-    def ram(self) -> tuple[list[mmap.mmap], Index]:
-        """RAM as the first file has it, mapped privately; the pages that the later ones replace."""
+    @cached_property
+    def ram(self) -> list[mmap.mmap]:
+        """RAM as the first file has it, mapped privately, for one machine."""
+        return self.files[0].ram()
+
+    def missing(self) -> Index:
+        """The pages that the later files replace in ``ram``."""
         memory = self.head.memory
         later = [
             np.arange(page, page + extent.size // PAGE_SIZE)
@@ -86,7 +92,7 @@ class Chain:
             if (page := page_number(memory, extent.address)) is not None
         ]
         pages: Index = np.unique(np.concatenate(later)).astype(np.int64) if later else np.empty(0, np.int64)
-        return self.files[0].ram(), pages
+        return pages
 
     def rom(self) -> bytes:
         """What the ROM holds; as last written. Raises SnapshotError."""

@@ -33,6 +33,8 @@ Progress = Callable[[int, int], None]
 
 CHUNK_PAGES = CHUNK // PAGE_SIZE
 _ZERO_CHECKSUM = xxhash.xxh3_64_intdigest(bytes(CHUNK))
+_EARLY = 4 << 20
+"""Bytes after which their writing to the disk is begun."""
 _MAX_RUNS = 16384
 """Memory segments of an incremental file; the closest are joined beyond that. Debuggers take their time for many."""
 _TAIL = 1 << 20
@@ -169,6 +171,7 @@ def _write_pages(
     chunks = np.full(-(-total // CHUNK_PAGES), _ZERO_CHECKSUM, np.uint64)
     room = np.empty((CHUNK_PAGES, PAGE_SIZE), np.uint8)
     stored = 0
+    on_its_way = start
     for chunk, first in enumerate(range(0, total, CHUNK_PAGES)):
         if cancel is not None and cancel.is_set():
             raise SnapshotCancelled(f"Writing {os.fspath(path)} was called off. What was there is as it was.")
@@ -180,9 +183,22 @@ def _write_pages(
         for begin, end in runs(np.flatnonzero(pages.view(np.uint64).any(axis=1)), CHUNK_PAGES):
             _write_all(fd, memoryview(pages[begin:end]).cast("B"), start + (first + begin) * PAGE_SIZE)
             stored += (end - begin) * PAGE_SIZE
+        end_of_chunk = start + (first + CHUNK_PAGES) * PAGE_SIZE
+        if end_of_chunk - on_its_way >= _EARLY:
+            _start_writeback(fd, on_its_way, end_of_chunk - on_its_way)
+            on_its_way = end_of_chunk
         progress(first * PAGE_SIZE, total * PAGE_SIZE)
     progress(total * PAGE_SIZE, total * PAGE_SIZE)
     return chunks, stored
+
+
+def _start_writeback(fd: int, offset: int, size: int) -> None:
+    """Have the disk begin with these bytes while the next ones are got ready: the fsync has that much less to wait for.
+
+    Linux starts to write what is dirty, and drops only what isn't (mm/fadvise.c).
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -157,8 +157,7 @@ class MachineFiles:
     def map(self, chain: Chain) -> Mapped:
         """Everything of a chain that the machine will hold, so that taking it can't fail. Raises SnapshotError."""
         first, self._next_source = self._next_source, self._next_source + len(chain.files)
-        ram, missing = chain.ram()
-        return Mapped(chain, chain.image(), ram, chain.index(first), chain.sources(first), missing)
+        return Mapped(chain, chain.image(), chain.ram, chain.index(first), chain.sources(first), chain.missing())
 
     def adopt(self, mapped: Mapped) -> None:
         """The machine has taken it: build on it."""

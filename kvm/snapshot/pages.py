@@ -12,7 +12,7 @@ import numpy as np
 
 from kvm.backends.interface import PAGE_SIZE
 from kvm.host_memory import touched
-from kvm.memory import Memory, Pages
+from kvm.memory import Memory, Pages, union
 from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
 
 _PIECE = 256
@@ -37,6 +37,11 @@ class PageStore:
         """The mapped pages of snapshot files that an index refers to, by source number."""
         self._held: list[Index] = []
 
+    @property
+    def empty(self) -> bool:
+        """Nothing was taken yet: a first ``take`` reads and copies all memory."""
+        return self._base is None
+
     def take(self) -> tuple[Index, int]:
         """RAM as it is now: its index, and how many pages were stored for it. Raises MemoryError, losing nothing."""
         if self._base is None:
@@ -58,7 +63,7 @@ class PageStore:
         assert self._base is not None, "an index comes from take()"
         pages = self._collect()
         if index is not self._base:
-            pages = np.union1d(pages, np.flatnonzero(index != self._base))
+            pages = union(pages, np.flatnonzero(index != self._base))
         if len(pages):
             self._fill(pages, index[pages])
         self._settle(index)
@@ -92,12 +97,14 @@ class PageStore:
         self._base, self._dirty, self._files = settled
 
     def adopt(self, index: Index, files: Mapping[int, PageArray], missing: Pages) -> None:
-        """RAM holds what ``index`` says, but for the ``missing`` pages, which are filled in; nothing is dirty."""
+        """RAM holds what ``index`` says, but for the ``missing`` pages and what was written since its log was started.
+
+        Those are filled in; nothing is dirty then.
+        """
         self._files.update(files)
+        missing = union(missing, self._memory.dirty_pages())
         if len(missing):
             self._fill(missing, index[missing])
-        self._memory.start_log()
-        self._memory.dirty_pages()
         self._settle(index)
 
     def keep_only(self, indices: Iterable[Index]) -> None:
@@ -108,17 +115,17 @@ class PageStore:
         for index in (*indices, *self._held, *(() if self._base is None else (self._base,))):
             which = index >> SOURCE_SHIFT
             if self._files:
-                files.update(np.unique(which).tolist())
+                files.update(_sources(which))
             kept[index[which == 0]] = True
         self._files = {source: pages for source, pages in self._files.items() if source in files}
         self._free = np.flatnonzero(~kept).tolist()
 
     def _fill(self, pages: Pages, numbers: Index) -> None:
-        which = numbers >> SOURCE_SHIFT
-        if not which.any():
+        if not self._files:
             self._memory.put_pages(pages, self._contents, numbers)
             return
-        for source in np.unique(which).tolist():
+        which = numbers >> SOURCE_SHIFT
+        for source in _sources(which):
             here = which == source
             self._memory.put_pages(pages[here], self._files.get(source, self._contents), numbers[here] & PLACE_MASK)
 
@@ -128,7 +135,7 @@ class PageStore:
 
     def _collect(self) -> Pages:
         new = self._memory.dirty_pages()
-        self._dirty = np.union1d(self._dirty, new) if len(self._dirty) else new
+        self._dirty = union(self._dirty, new) if len(self._dirty) else new
         return self._dirty
 
     def _non_zero(self) -> Pages:
@@ -154,3 +161,9 @@ class PageStore:
         places += range(self._used, self._used + fresh)
         self._used += fresh
         return np.array(places, np.int64)
+
+
+def _sources(which: Index) -> list[int]:
+    """The numbers that occur in it, which are small."""
+    found: list[int] = np.flatnonzero(np.bincount(which)).tolist()
+    return found

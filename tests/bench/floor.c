@@ -2,13 +2,16 @@
  *
  *   floor hooks VCPUS   median µs of a get of all substates, a put at RESET, a put at FULL, over all VCPUs
  *   floor pio           median µs of a port write exit
- *   floor pages         median µs of going back by dirty log, 128 MiB: 10 and 1,000 pages
+ *   floor pages         median µs of going back by dirty log, 128 MiB: 10, 1,000 and all pages
  *   floor restore VCPUS median µs of going back by dirty log plus the FULL put of all VCPUs and the irqchips
+ *   floor threads VCPUS the same, but each VCPU runs and is put on a thread of its own, as the contract has it
  *
  * Prints one JSON object. The substates are those of kvm/x86/substates.py, in its order.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
+#include <semaphore.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -240,7 +243,65 @@ static void put_machine(void)
 	CALL(vm, KVM_SET_CLOCK, &kvmclock);
 }
 
-static double pages(int count, uint32_t dirty)
+/* Work for the first `count` VCPUs: one after the other here, or all at once, each on a thread of its own. */
+typedef void work_on(int vcpu);
+
+static void here(int count, work_on *work)
+{
+	for (int i = 0; i < count; i++)
+		work(vcpus[i]);
+}
+
+static work_on *asked;
+static sem_t ask[MAX_VCPUS], done;
+
+static void *own_thread(void *number)
+{
+	int i = (int)(intptr_t)number;
+
+	for (;;) {
+		sem_wait(&ask[i]);
+		asked(vcpus[i]);
+		sem_post(&done);
+	}
+	return NULL;
+}
+
+static void start_threads(int count)
+{
+	pthread_t thread;
+
+	sem_init(&done, 0, 0);
+	for (int i = 0; i < count; i++) {
+		sem_init(&ask[i], 0, 0);
+		if (pthread_create(&thread, NULL, own_thread, (void *)(intptr_t)i))
+			exit(1);
+	}
+}
+
+static void on_threads(int count, work_on *work)
+{
+	asked = work;
+	for (int i = 0; i < count; i++)
+		sem_post(&ask[i]);
+	for (int i = 0; i < count; i++)
+		sem_wait(&done);
+}
+
+static void run_to_out(int vcpu)
+{
+	CALL(vcpu, KVM_RUN, 0);
+	if (runs[0]->exit_reason != KVM_EXIT_IO) {
+		fprintf(stderr, "exit %u\n", runs[0]->exit_reason);
+		exit(1);
+	}
+	get(vcpu);
+}
+
+/* What the dirtying guest has to do to dirty all but its own page and what lies below it. */
+#define ALL_PAGES (MEMORY / PAGE - 512)
+
+static double pages(int count, uint32_t dirty, void (*on_all)(int, work_on *))
 {
 	static uint64_t bitmap[MEMORY / PAGE / 64];
 	double times[101];
@@ -257,29 +318,19 @@ static double pages(int count, uint32_t dirty)
 	CALL(vcpus[0], KVM_SET_SREGS2, &sregs);
 	regs.rip = 0x1000;
 	CALL(vcpus[0], KVM_SET_REGS, &regs);
-	for (int round = 0; round < 101; round++) {
-		CALL(vcpus[0], KVM_RUN, 0);
-		if (runs[0]->exit_reason != KVM_EXIT_IO) {
-			fprintf(stderr, "exit %u\n", runs[0]->exit_reason);
-			exit(1);
-		}
-		double start = now();
-		go_back(bitmap);
-		times[round] = now() - start;
-	}
-	static double whole[101];
-	for (int round = 0; round < 101 && count; round++) {
-		CALL(vcpus[0], KVM_RUN, 0);
-		get(vcpus[0]);
+	const int rounds = dirty < ALL_PAGES ? 101 : 15;
+	for (int round = 0; round < rounds; round++) {
+		on_all(1, run_to_out);
 		get_machine();
 		double start = now();
 		go_back(bitmap);
-		put_machine();
-		for (int i = 0; i < count; i++)
-			put(vcpus[i]);
-		whole[round] = now() - start;
+		if (count) {
+			put_machine();
+			on_all(count, put);
+		}
+		times[round] = now() - start;
 	}
-	return median(count ? whole : times, 101);
+	return median(times, rounds);
 }
 
 int main(int argc, char **argv)
@@ -290,12 +341,17 @@ int main(int argc, char **argv)
 		hooks(count);
 	else if (!strcmp(what, "pio"))
 		pio();
-	else if (!strcmp(what, "pages") || (!strcmp(what, "restore") && count >= 1 && count <= MAX_VCPUS)) {
+	else if (!strcmp(what, "pages") ||
+		 ((!strcmp(what, "restore") || !strcmp(what, "threads")) && count >= 1 && count <= MAX_VCPUS)) {
+		void (*on_all)(int, work_on *) = what[0] == 't' ? on_threads : here;
+
 		build(count ? count : 1);
-		double few = pages(count, 10);
-		printf("{\"10\": %.2f, \"1000\": %.2f}\n", few, pages(count, 1000));
+		if (what[0] == 't')
+			start_threads(count);
+		double few = pages(count, 10, on_all), many = pages(count, 1000, on_all);
+		printf("{\"10\": %.2f, \"1000\": %.2f, \"all\": %.2f}\n", few, many, pages(count, ALL_PAGES, on_all));
 	} else {
-		fprintf(stderr, "usage: floor hooks VCPUS | pio | pages | restore VCPUS\n");
+		fprintf(stderr, "usage: floor hooks VCPUS | pio | pages | restore VCPUS | threads VCPUS\n");
 		return 2;
 	}
 	return 0;

@@ -1,31 +1,35 @@
 """Snapshot files beside a C program that writes as many bytes, and beside QEMU on the same /dev/kvm.
 
-Half of a 128 MiB machine's memory is random bytes; everything goes to a folder on the disk that tests run on.
+``python -m tests.bench.snapshots [files] [qemu]`` prints a table. Needs /dev/kvm and gcc; for QEMU, qemu-system-x86 and
+qemu-utils. Half of a 128 MiB machine's memory is random bytes; all goes to a folder on the disk that tests run on.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from kvm.backends.interface import PAGE_SIZE
 from kvm.backends.kernel.system import KernelSystem
-from kvm.machine import Machine, Phase, Status
+from kvm.machine import Checkpoint, Machine, Phase, Status
 from kvm.snapshot.file import read
 from tests.bench.__main__ import HERE, MEMORY, line, machine
 from tests.kvm.machines import COUNT, build
+from tests.parity.qemu import Qemu
 
 MIB = 1 << 20
 USED = 64 * MIB
 ROUNDS = 7
+SETTLED = 0.2
+"""Seconds after which the kernel has taken a closed VM apart: until then it holds up the memory slots of a new one."""
 
 
 def _median(work: Callable[[], float]) -> float:
@@ -113,6 +117,7 @@ def restored(memory: int) -> None:
             m.save_file(folder / "a")
 
         def restore() -> float:
+            time.sleep(SETTLED)
             start = time.perf_counter()
             m, _ = Machine.from_file(system, folder / "a")
             with m:
@@ -120,6 +125,7 @@ def restored(memory: int) -> None:
                 return (time.perf_counter() - start) * 1e6
 
         def fresh() -> float:
+            time.sleep(SETTLED)
             start = time.perf_counter()
             with build(system, folder, COUNT, memory=memory) as m:
                 m.step(0)
@@ -131,70 +137,58 @@ def restored(memory: int) -> None:
     system.close()
 
 
-class Qmp:
-    """QEMU's monitor."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        for _ in range(200):
-            try:
-                self._socket.connect(str(path))
-                break
-            except OSError:
-                time.sleep(0.05)
-        self._lines = self._socket.makefile("r")
-        self._lines.readline()
-        self.command("qmp_capabilities")
-
-    def command(self, name: str, **arguments: Any) -> Any:
-        self._socket.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
-        while "return" not in (answer := json.loads(self._lines.readline())):
-            if "error" in answer:
-                raise RuntimeError(answer["error"]["desc"])
-        return answer["return"]
-
-    def monitor(self, text: str) -> None:
-        if answer := self.command("human-monitor-command", **{"command-line": text}):
-            raise RuntimeError(answer)
-
-
 @contextmanager
-def _qemu(folder: Path) -> Iterator[Qmp]:
+def _qemu(folder: Path) -> Iterator[Qemu]:
+    """Its guest counts for ever too, and has as much in its memory."""
     (folder / "random").write_bytes(os.urandom(USED))
     (folder / "boot").write_bytes(COUNT.ljust(510, b"\0") + b"\x55\xaa")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", folder / "disk", "1G"], check=True)
-    process = subprocess.Popen([
-        "qemu-system-x86_64", "-accel", "kvm", "-m", str(MEMORY // MIB), "-nodefaults", "-display", "none",
-        "-drive", f"file={folder / 'boot'},format=raw,if=floppy,snapshot=on", "-drive",
-        f"file={folder / 'disk'},format=qcow2,if=none", "-device",
-        f"loader,file={folder / 'random'},addr={16 * MIB:#x},force-raw=on", "-qmp", f"unix:{folder / 'qmp'},server=on",
-    ])  # fmt: skip
-    try:
-        yield Qmp(folder / "qmp")
-    finally:
-        process.kill()
-        process.wait()
+    with Qemu(
+        "-accel", "kvm", "-m", str(MEMORY // MIB),
+        "-drive", f"file={folder / 'boot'},format=raw,if=floppy,snapshot=on",
+        "-drive", f"file={folder / 'disk'},format=qcow2,if=none",
+        "-device", f"loader,file={folder / 'random'},addr={16 * MIB:#x},force-raw=on",
+    ) as other:  # fmt: skip
+        other.command("migrate-set-parameters", **{"max-bandwidth": 1 << 40})  # it takes 128 MiB/s otherwise
+        other.cont()
+        time.sleep(1)  # its BIOS
+        yield other
+
+
+def _monitor(other: Qemu, text: str) -> None:
+    if answer := other.command("human-monitor-command", **{"command-line": text}):
+        raise RuntimeError(answer)
+
+
+def _migrated(other: Qemu, path: Path) -> float:
+    """Microseconds that the migration into a file takes; nobody syncs that."""
+    start = time.perf_counter()
+    other.command("migrate", uri=f"exec:cat > {path}")
+    while (status := other.command("query-migrate")["status"]) != "completed":
+        if status == "failed":
+            raise RuntimeError("QEMU's migration failed")
+        time.sleep(0.0005)
+    took = (time.perf_counter() - start) * 1e6
+    other.cont()
+    return took
 
 
 def qemu() -> None:
-    """QEMU's savevm and loadvm of a machine of that size with as much in it, against ours."""
+    """QEMU's savevm, migrate and loadvm of a machine of that size with as much in it, against ours."""
     with tempfile.TemporaryDirectory(dir=HERE) as name, machine(COUNT, 1, MEMORY) as m:
         folder = Path(name)
         _fill(m)
         m.run()
         m.save_file(folder / "ours")
         with _qemu(folder) as other:
-            time.sleep(1)  # its BIOS
-            saves = [_timed(lambda: other.monitor("savevm a")) for _ in range(3)]
-            line("save; QEMU's savevm", _median(lambda: _timed(lambda: m.save_file(folder / "ours"))),
-                 statistics.median(saves))  # fmt: skip
-            loads = [_timed(lambda: other.monitor("loadvm a")) for _ in range(3)]
-            line("load of a file; QEMU's loadvm", _median(lambda: _loaded(m, folder)), statistics.median(loads))
+            saved = _median(lambda: _timed(lambda: m.save_file(folder / "ours")))
+            line("save; QEMU's savevm", saved, _median(lambda: _timed(lambda: _monitor(other, "savevm a"))))
+            line("save; QEMU's migrate to a file", saved, _median(lambda: _migrated(other, folder / "theirs")))
+            theirs = _median(lambda: _timed(lambda: _monitor(other, "loadvm a")))
+            line("load of a file; QEMU's loadvm", _median(lambda: _loaded(m, folder)), theirs)
             checkpoint = m.checkpoint()
-            m.write_memory(16 * MIB, bytes(10 * 4096))
-            m.run()
-            back = _median(lambda: _timed(lambda: m.restore(checkpoint)))
-            line("restore of a checkpoint; QEMU's loadvm", back, statistics.median(loads))
+            back = _median(lambda: _restored(m, checkpoint, pages=10))
+            line("restore of a checkpoint, 10 pages dirty; QEMU's loadvm", back, theirs)
 
 
 def _loaded(m: Machine, folder: Path) -> float:
@@ -203,8 +197,14 @@ def _loaded(m: Machine, folder: Path) -> float:
     return taken
 
 
+def _restored(m: Machine, checkpoint: Checkpoint, pages: int) -> float:
+    m.write_memory(16 * MIB, bytes(pages * PAGE_SIZE))
+    m.run()
+    return _timed(lambda: m.restore(checkpoint))
+
+
 ALL = {"files": files, "qemu": qemu}
 
 if __name__ == "__main__":
-    for work in ALL.values():
-        work()
+    for name in sys.argv[1:] or list(ALL):
+        ALL[name]()

@@ -202,6 +202,28 @@ def test_restore_brings_back_registers_and_memory(system: System, tmp_path: Path
         assert machine.memory.read(0, machine.memory.size) == memory
 
 
+SWEEP = bytes.fromhex("40  bf 00 00 20 00  b9 00 04 00 00  89 07  81 c7 00 10 00 00  e2 f6  eb e7")
+"""32-bit: inc eax; write it to each of 1,024 pages from 2 MiB on, through [edi]; over again."""
+
+
+def test_a_first_checkpoint_of_a_running_guest_is_of_one_moment(system: System, tmp_path: Path) -> None:
+    """Most of it may be copied while the guest runs on and writes to all of its memory, faster than it's copied."""
+    with build(system, tmp_path, SWEEP, memory=8 << 20, format="flat32") as machine:
+        machine.run()
+        until(lambda: sampled(machine).rax > 2)
+        checkpoint = machine.checkpoint()
+        machine.pause()
+        machine.restore(checkpoint)
+        at = regs(machine)
+        done = (at.rdi - 0x200000) // 4096
+        if at.rip == ORIGIN_32 + 1:
+            done = 0  # the new number is there, none of it written yet
+        elif at.rip == ORIGIN_32 + 13:
+            done += 1  # written, EDI not advanced yet
+        found = [int.from_bytes(machine.read_memory(0x200000 + page * 4096, 4), "little") for page in range(1024)]
+        assert found == [at.rax] * done + [at.rax - 1] * (1024 - done)
+
+
 def test_many_checkpoints_in_any_order(system: System, tmp_path: Path) -> None:
     rng = random.Random(1)
     with build(system, tmp_path, HLT, memory=2 << 20) as machine:

@@ -30,4 +30,4 @@ def copy_pages(to: NDArray[np.uint8], to_pages: Pages | None, source: NDArray[np
 
 
 def _numbers(pages: Pages | None) -> object:
-    return ffi.NULL if pages is None else ffi.from_buffer("int64_t[]", np.ascontiguousarray(pages, np.int64))
+    return ffi.NULL if pages is None else ffi.from_buffer("int64_t[]", pages)

@@ -6,6 +6,7 @@
 #include "shim.h"
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -78,6 +79,28 @@ int vd_irq_line(int fd, uint32_t gsi, uint32_t level)
 	struct kvm_irq_level line = { .irq = gsi, .level = level };
 
 	return vd_ioctl(fd, KVM_IRQ_LINE, &line);
+}
+
+/* --- Bells ------------------------------------------------------------------------------------------------- */
+
+enum { SILENT, RUNG, AWAITED };
+
+void vd_bell_ring(uint32_t *bell)
+{
+	if (atomic_exchange((_Atomic uint32_t *)bell, RUNG) == AWAITED)
+		syscall(SYS_futex, bell, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+/* 1 once it is rung, which silences it; 0 after timeout_ns (negative: never) or a signal. One thread waits. */
+int vd_bell_wait(uint32_t *bell, int64_t timeout_ns)
+{
+	_Atomic uint32_t *state = (_Atomic uint32_t *)bell;
+	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
+	uint32_t silent = SILENT;
+
+	if (atomic_compare_exchange_strong(state, &silent, AWAITED))
+		syscall(SYS_futex, bell, FUTEX_WAIT_PRIVATE, AWAITED, timeout_ns < 0 ? NULL : &limit, NULL, 0);
+	return atomic_exchange(state, SILENT) == RUNG;
 }
 
 /* --- VCPUs ------------------------------------------------------------------------------------------------ */

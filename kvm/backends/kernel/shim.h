@@ -32,6 +32,8 @@ int vd_ioctl(int fd, unsigned long request, void *argument);
 int vd_ioctl_value(int fd, unsigned long request, unsigned long value);
 int vd_batch(int fd, char *buffer, struct vd_call *calls, int count);
 int vd_irq_line(int fd, uint32_t gsi, uint32_t level);
+void vd_bell_ring(uint32_t *bell);
+int vd_bell_wait(uint32_t *bell, int64_t timeout_ns);
 
 struct vd_sample {
 	uint64_t sequence;

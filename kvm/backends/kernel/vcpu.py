@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvm.backends.interface import Bus, Exit, ExitKind, Sample
 from kvm.backends.kernel import stats
 from kvm.backends.kernel.batch import Batches
+from kvm.backends.kernel.bell import FutexBell
 from kvm.backends.kernel.exits import UNION, decode
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
@@ -150,6 +151,9 @@ class KernelVcpuFd:
         lib.vd_clear_kick(self.mapping)
 
     # Anybody's
+
+    def bell(self) -> FutexBell:
+        return FutexBell()
 
     def kick(self) -> None:
         if (vcpu := self.mapping) is not None:

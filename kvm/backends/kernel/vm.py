@@ -45,6 +45,8 @@ class _Slot:
 class KernelVm:
     """One VM; see ``interface.Vm``. ``ring_page`` is the coalesced ring's page in a VCPU's mapping, 0 if none."""
 
+    exact_log = True
+
     def __init__(self, system: KernelSystem, fd: Fd) -> None:
         """Takes ``fd`` over, and closes it if this fails."""
         self.system = system

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvm.backends.interface import Bus, Exit, ExitKind, Sample
 from kvm.backends.software import delivery, engine, instructions, ioapic, lapic, state
+from kvm.backends.software.bell import QueueBell
 from kvm.backends.software.context import CR0_PG, CR4_PAE, EFER_LMA, HF_INHIBIT_IRQ, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF
 from kvm.backends.software.cpuid import CpuidTable
 from kvm.backends.software.delivery import Event
@@ -106,6 +107,9 @@ class SoftwareVcpu:
         self.engine.map(vm.slots.layout())
 
     # The interface
+
+    def bell(self) -> QueueBell:
+        return QueueBell()
 
     def bind(self) -> None:
         self._owner = threading.get_ident()

@@ -33,6 +33,8 @@ _IOAPIC_CHIP = 2
 class SoftwareVm:
     """Implements ``kvm.backends.interface.Vm``, and what the devices need of each other (``lapic.Surroundings``)."""
 
+    exact_log = False
+
     def __init__(self, system: SoftwareSystem, slice_instructions: int) -> None:
         self.system = system
         self.slots = Slots()

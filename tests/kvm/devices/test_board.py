@@ -54,7 +54,7 @@ def test_a_damaged_device_state_changes_no_device(board: Board, name: str) -> No
     before = board.save()
     damaged = fresh | {name: bytes(range(17))}
     with pytest.raises(VmdeckError, match=f"device {name} is damaged"):
-        board.load(damaged)
+        board.check(damaged)
     assert board.save() == before
 
 
@@ -62,7 +62,7 @@ def test_a_state_of_other_devices_is_refused(board: Board) -> None:
     state = board.save()
     state["floppy"] = state.pop("uart")
     with pytest.raises(VmdeckError, match="floppy"):
-        board.load(state)
+        board.check(state)
 
 
 def test_coalesced_ports_are_those_that_are_only_written_to(board: Board) -> None:
