@@ -30,7 +30,7 @@ from kvm.snapshot.files import MachineFiles, Mapped
 from kvm.snapshot.pages import PageStore
 from kvm.snapshot.replace import StrPath
 from kvm.snapshot.state import Checkpoint, MachineState, check
-from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
+from kvm.vcpu import WAIT_LIMIT, Activity, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, layout, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import machine_table, vcpu_table
@@ -88,9 +88,11 @@ class MachineConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What the supervisor has to act on; one of an older epoch concerns a state that a reset or load has replaced."""
+    """What the supervisor has to act on; one of an older epoch concerns a state that a reset or load has replaced.
+    None: it concerns none.
+    """
 
-    epoch: int
+    epoch: int | None
     act: Callable[[], None]
 
 
@@ -245,6 +247,13 @@ class Machine:
                 elif epoch == self._epoch:
                     self._guest_stopped(target, ended)
             return tuple(exits)
+
+    def settle(self) -> None:
+        """Wait until what the guest has asked for in its steps, a reset or its end, is done. Raises MachineError."""
+        done = threading.Event()
+        self._inbox.put(_Message(None, done.set))
+        if not done.wait(WAIT_LIMIT):
+            raise MachineError("Can't settle: the machine is closed, or its supervisor hangs.")
 
     def reset(self) -> None:
         """A system reset: devices, VCPUs, and the image as it was loaded; the guest goes on if it ran."""
@@ -684,7 +693,7 @@ class Machine:
     def _supervise(self) -> None:
         while (message := self._inbox.get()) is not None:
             with self._lock:
-                if message.epoch == self._epoch:
+                if message.epoch in (None, self._epoch):
                     try:
                         self._stop_all()
                         message.act()
