@@ -30,13 +30,14 @@ def run(image: Path, *, count: int, config: MachineConfig, format: str, address:
             outcome = both.run(count, progress, lambda: bool(signals))
     if sys.stderr.isatty():
         print(end="\r\x1b[K", file=sys.stderr)
-    _report(outcome)
+    report(outcome)
     if outcome.difference is not None:
         return DIFFERENT
     return 128 + signals[0] if signals else EQUAL
 
 
-def _report(outcome: Outcome) -> None:
+def report(outcome: Outcome) -> None:
+    """Print what was found."""
     for why, times in outcome.taken.most_common():
         print(f"{times:8} × not compared: {why}")
     if outcome.difference is None:

@@ -63,8 +63,11 @@ UNDEFINED_FLAGS: Mapping[str, int] = {
     **dict.fromkeys(("bt", "bts", "btr", "btc"), _OF | _SF | _AF | _PF),
     **dict.fromkeys(("aaa", "aas"), _OF | _SF | _ZF | _PF),
     **dict.fromkeys(("daa", "das"), _OF),
+    **dict.fromkeys(("aam", "aad"), _OF | _AF | _CF),
 }
 """Flags that the SDM leaves undefined after an instruction: processors differ in them."""
+UNDEFINED_IF_ZERO = frozenset(("bsf", "bsr"))
+"""Instructions whose result the SDM leaves undefined if ZF is set after them."""
 
 TIME_AND_CHANCE = frozenset(("rdtsc", "rdtscp", "rdrand", "rdseed"))
 """Instructions whose result is the host's."""
@@ -89,7 +92,7 @@ _NEEDS_ANOTHER = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED)
 @dataclass(frozen=True, slots=True)
 class Difference:
     """The first one, found after ``step`` steps. ``values``: name → (the reference's, the other's), all of ``vcpu``;
-    ``text`` is the instruction, ``where`` its RIP.
+    none if the step itself ended differently. ``text`` is the instruction, ``where`` its RIP.
     """
 
     step: int
@@ -189,13 +192,13 @@ class Lockstep:
             end = self._checkpoints()
             if outcome.difference is None and (differing := self._all_differences([each.state for each in end]))[1]:
                 self._forget(end)
-                self._restore(start)
                 steps = outcome.steps
                 (outcome, self._last, self._halted), self._shut_down = before, None
                 self._outcome = outcome
+                self._restore(start)
                 self._steps(steps, each_time=True)
                 if outcome.difference is None:  # it came from a value of time or chance, which now was another
-                    self._found(*differing, 0, "a window of so many steps, gone through twice")
+                    self._found(*differing, 0, f"one of the last {WINDOW} instructions, and none when stepped again")
                 end = self._checkpoints()
             self._forget(start)
             start = end
@@ -247,23 +250,26 @@ class Lockstep:
                 outcome.ended = f"VCPU {vcpu}, {code.text}: {kinds}"
                 self._shut_down = vcpu
                 if ended[0].kind is not ended[1].kind:
-                    self._found(vcpu, {kinds: (0, 1)}, before.rip, code.text)
+                    self._found(vcpu, {}, before.rip, f"{code.text}: {kinds}")
                 break
+            self._effects(vcpu, code, before)
             mine, theirs = self._registers(0, vcpu), self._registers(1, vcpu)
             if mine.rip != theirs.rip and not before.cpl and theirs.cpl:
                 outcome.ended = f"VCPU {vcpu}, {code.text}: this host's KVM doesn't step at CPL {theirs.cpl}"
                 return False
-            self._effects(vcpu, code, before)
-            values = self._compared(vcpu, code, before)
+            values = self._compared(vcpu, code, before, (mine, theirs))
             if each_time and not values:
                 vcpu, values = self._all_differences(self._states())
+            if values and self._stopped():
+                outcome.ended = "stopped"
+                return False
             if values:
                 self._found(vcpu, values, before.rip, code.text)
         return True
 
     def _effects(self, vcpu: int, code: _Code, before: _Registers) -> None:
         """What this step means for the next ones."""
-        if code.name == "hlt":
+        if code.name == "hlt" and not before.cpl:
             self._halted |= {vcpu}
             self._waiting |= {vcpu}
         if code.name == "out" and _port(code, before) in EXIT_PORTS:
@@ -274,7 +280,7 @@ class Lockstep:
             if None in (machine.came_from for machine in self._machines):  # no checkpoint any more, but a reset
                 self._halted = frozenset()
                 self._sent = True
-        if any(written and page == layout.LAPIC for page, _, written in self._accesses(code, before)):
+        if layout.LAPIC in (page for page, _, written in self._accesses(code, before) if written):
             self._sent = True
 
     def _states(self) -> list[MachineState]:
@@ -301,9 +307,9 @@ class Lockstep:
             if not (code.repeated and stepped and Regs.from_buffer_copy(machine.view(vcpu).regs).rip == code.rip):
                 return ended
 
-    def _compared(self, vcpu: int, code: _Code, before: _Registers) -> Values:
+    def _compared(self, vcpu: int, code: _Code, before: _Registers, after: tuple[_Registers, _Registers]) -> Values:
         """What differs after this step, without what can't be equal: that is now."""
-        mine, theirs = self._registers(0, vcpu), self._registers(1, vcpu)
+        mine, theirs = after
         values = _differences(mine, theirs)
         in_handler = "rip" in values and self._in_handler(theirs)
         if in_handler:
@@ -312,13 +318,13 @@ class Lockstep:
             self._outcome.taken["KVM's step over an exception or IRET went on"] += 1
             for _ in range(CATCH_UP):
                 before, code = theirs, self._code(theirs)
-                self._machines[1].step(vcpu)
+                ended = self._step_over(self._machines[1], vcpu, code)
                 self._effects(vcpu, code, before)
                 theirs = self._registers(1, vcpu)
                 values = _differences(mine, theirs)
-                if "rip" not in values:
+                if "rip" not in values or ended.kind is not ExitKind.DEBUG or vcpu in self._waiting or self._stopped():
                     break
-        if not values or not (why := self._not_comparable(code, before, values)):
+        if not values or not (why := self._not_comparable(code, before, mine, values)):
             return values
         self._outcome.taken[why] += 1
         believed, corrected = (1, 0) if code.name == "cpuid" else (0, 1)
@@ -329,27 +335,29 @@ class Lockstep:
     def _in_handler(self, at: _Registers) -> bool:
         """Does this VCPU stand at the first instruction of an exception's handler?"""
         return (at.sregs.cs.selector & ~3, at.rip) in (
-            (selector & ~3, rip) for selector, rip in gates.handlers(at.sregs, lambda *place: self._read(at, *place))
+            (selector & ~3, rip) for selector, rip in gates.handlers(at.sregs, lambda *place: self._read(0, at, *place))
         )
 
     def _clear_tf(self, entered: _Registers) -> None:
         """KVM's step sets TF, and so the exception may have pushed it: clear it in the frame that the other has too."""
-        at = self._physical(entered, entered.sregs.ss.base + entered.regs.rsp)
-        if at is None:
-            return
-        mine, theirs = (machine.read_memory(at, min(FRAME, -at % PAGE_SIZE or PAGE_SIZE)) for machine in self._machines)
+        stack = entered.sregs.ss.base + entered.regs.rsp
+        mine, theirs = (self._read(which, entered, stack, FRAME) for which in (0, 1))
         for place, (pushed, right) in enumerate(zip(mine, theirs, strict=True)):
-            if pushed != right and pushed == right | _TF >> 8:
-                self._machines[0].write_memory(at + place, bytes((right,)))
+            at = self._physical(entered, stack + place)
+            if at is not None and pushed != right and pushed == right | _TF >> 8:
+                self._machines[0].write_memory(at, bytes((right,)))
 
-    def _not_comparable(self, code: _Code, before: _Registers, values: Values) -> str:
+    def _not_comparable(self, code: _Code, before: _Registers, mine: _Registers, values: Values) -> str:
         """Why these differences are none; empty if they are."""
-        name = code.name
-        bits = values["rflags"][0] ^ values["rflags"][1] if "rflags" in values else 0
-        if values.keys() == {"rflags"} and not bits & ~UNDEFINED_FLAGS.get(name, 0):
-            return "flags that are undefined after the instruction"
         if not values.keys() <= {*GENERAL_REGISTERS, "rflags"}:
             return ""
+        name = code.name
+        flags = values["rflags"][0] ^ values["rflags"][1] if "rflags" in values else 0
+        if not flags & ~UNDEFINED_FLAGS.get(name, 0):
+            if values.keys() == {"rflags"}:
+                return "flags that are undefined after the instruction"
+            if name in UNDEFINED_IF_ZERO and mine.regs.rflags & _ZF:
+                return "a result that is undefined, as the operand is 0"
         if name in TIME_AND_CHANCE:
             return "time or chance"
         if name == "cpuid":
@@ -371,6 +379,8 @@ class Lockstep:
         return not (values[0] ^ values[1]) & ~CLOCK_PORTS.get(port, 0)
 
     def _found(self, vcpu: int, values: Values, where: int, text: str) -> None:
+        if vcpu != self._last:
+            text += f", by VCPU {self._last}"
         self._outcome.difference = Difference(self._outcome.steps, vcpu, where, text, values)
         self._outcome.ended = "different"
 
@@ -382,12 +392,12 @@ class Lockstep:
 
     def _code(self, at: _Registers) -> _Code:
         bits = decode.mode(at.sregs, at.regs.rflags).bits
-        raw = self._read(at, decode.linear_rip(at.sregs, at.rip, at.regs.rflags), MAX_INSTRUCTION)
+        raw = self._read(0, at, decode.linear_rip(at.sregs, at.rip, at.regs.rflags), MAX_INSTRUCTION)
         text = disassemble(raw, at.rip, bits)[0].text if raw else "(no code there)"
         return _Code(at.rip, bits, raw, text)
 
-    def _read(self, at: _Registers, linear: int, size: int) -> bytes:
-        """The reference's memory at a linear address, as far as it is mapped and there."""
+    def _read(self, which: int, at: _Registers, linear: int, size: int) -> bytes:
+        """A machine's memory at a linear address, as far as it is mapped and there."""
         raw = b""
         while len(raw) < size:
             address = linear + len(raw)
@@ -395,7 +405,8 @@ class Lockstep:
             if physical is None:
                 break
             try:
-                raw += self._machines[0].read_memory(physical, min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE))
+                piece = min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE)
+                raw += self._machines[which].read_memory(physical, piece)
             except MemoryAccessError:
                 break
         return raw

@@ -232,6 +232,26 @@ def test_exceptions_and_iret(reference: System, tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
+def test_a_halt_behind_iret(reference: System, tmp_path: Path) -> None:
+    source = """
+        mov rax, rsp
+        push 0x10
+        push rax
+        push 2
+        push 0x18
+        lea rax, [rip + halt]
+        push rax
+        iretq
+        ud2
+    halt: hlt
+        ud2"""
+    with pair(guest(tmp_path, source), reference=reference) as both:
+        outcome = both.run(2000)
+    assert outcome.difference is None
+    assert "the guest waits" in outcome.ended
+
+
+@pytest.mark.kvm
 def test_a_host_that_does_not_step_at_cpl_3_is_no_difference(reference: System, tmp_path: Path) -> None:
     source = f"""{GATES}
         lgdt [rip + gdtr]
@@ -303,6 +323,14 @@ def test_what_is_the_hosts_is_the_references_for_both(reference: System, tmp_pat
     }
 
 
+@pytest.mark.kvm
+def test_a_result_that_is_undefined_is_the_references_for_both(reference: System, tmp_path: Path) -> None:
+    source = "xor eax, eax; dec rbx; bsf ebx, eax; dec rcx; bsr ecx, eax; push rbx; push rcx; hlt"
+    with pair(guest(tmp_path, source), reference=reference) as both:
+        outcome = both.run(2000)
+    assert (outcome.steps, outcome.difference) == (8, None)
+
+
 def test_of_the_cmos_only_the_clock_may_differ(tmp_path: Path) -> None:
     read = "mov al, {}; out 0x70, al; in al, 0x71; mov bl, al;"
     with pair(guest(tmp_path, read.format(0) + read.format(0x15) + "hlt")) as both:
@@ -371,3 +399,15 @@ def test_it_is_found_at_its_instruction(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (found.text, found.vcpu) == ("inc eax", vcpu)
     assert found.step == (3 + 2 * 80 if vcpu == 0 else 3 + 2 * 79 - 1), "the AP is first, VCPU 0 begins with the XOR"
     assert outcome.ended == "different"
+
+
+def test_who_halts_in_a_window_does_so_again_when_it_is_gone_through_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = flat(tmp_path, START_AP[:-2] + bytes.fromhex("31 c0 ff c0 eb fc"))
+    image = replace(image, segments=(*image.segments, Segment(AP_ADDRESS, HLT, len(HLT))))
+    with pair(image, vcpus=2) as both:
+        goes_wrong(monkeypatch, both._machines[1], 0, WRONG["memory[0x200000]"])
+        outcome = both.run(250)
+    assert outcome.difference is not None
+    assert outcome.difference.step == 3 + 2 * 2 + 2 * 39, "the AP's CLI and HLT are among them"
