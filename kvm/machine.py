@@ -88,8 +88,8 @@ class MachineConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What the supervisor has to act on; one of an older epoch concerns a state that a reset or load has replaced.
-    None: it concerns none.
+    """What the supervisor has to act on, with every VCPU stopped; one of an older epoch concerns a state that a reset
+    or load has replaced. ``epoch`` None: it concerns no state, and stops nobody.
     """
 
     epoch: int | None
@@ -250,10 +250,11 @@ class Machine:
 
     def settle(self) -> None:
         """Wait until what the guest has asked for in its steps, a reset or its end, is done. Raises MachineError."""
-        done = threading.Event()
-        self._inbox.put(_Message(None, done.set))
+        with self._operation("settle"):
+            done = threading.Event()
+            self._inbox.put(_Message(None, done.set))
         if not done.wait(WAIT_LIMIT):
-            raise MachineError("Can't settle: the machine is closed, or its supervisor hangs.")
+            raise MachineError(f"The machine did not settle within {WAIT_LIMIT:g} s: its supervisor hangs.")
 
     def reset(self) -> None:
         """A system reset: devices, VCPUs, and the image as it was loaded; the guest goes on if it ran."""
@@ -693,7 +694,9 @@ class Machine:
     def _supervise(self) -> None:
         while (message := self._inbox.get()) is not None:
             with self._lock:
-                if message.epoch in (None, self._epoch):
+                if message.epoch is None:
+                    message.act()
+                elif message.epoch == self._epoch:
                     try:
                         self._stop_all()
                         message.act()
