@@ -71,8 +71,9 @@ UNDEFINED_IF_ZERO = frozenset(("bsf", "bsr"))
 
 TIME_AND_CHANCE = frozenset(("rdtsc", "rdtscp", "rdrand", "rdseed"))
 """Instructions whose result is the host's."""
-HOST_MSRS = frozenset((0x10, 0x6E0, 0x8B, 0xCE, 0x179))
-"""MSRs that are a clock (TSC, TSC_DEADLINE), or describe the host's processor (UCODE_REV, PLATFORM_INFO, MCG_CAP)."""
+HOST_MSRS = frozenset((0x10, 0x6E0, 0x8B, 0xCE, 0x179, 0x1A0))
+"""MSRs that are a clock (TSC, TSC_DEADLINE), or describe the host's processor: UCODE_REV, PLATFORM_INFO, MCG_CAP,
+MISC_ENABLE (which says whether there are PEBS and BTS)."""
 CLOCK_PORTS: Mapping[int, int] = {0x40: 0xFF, 0x41: 0xFF, 0x42: 0xFF, 0x61: 0x30, 0x71: 0xFF}
 """Bits of ports that time moves: the PIT's counters; its output and the refresh toggle (SeaBIOS measures the processor
 by them); the CMOS's data while a register of its clock is selected."""
