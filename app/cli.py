@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     lockstep.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
     lockstep.add_argument("--count", metavar="N", type=int, default=10000, help="instructions to step (default: 10000)")
+    lockstep.add_argument("--vcpus", metavar="N", default="1", help="number of VCPUs (default: %(default)s)")
     lockstep.add_argument("--memory", metavar="SIZE", default="16M", help="guest memory (default: %(default)s)")
     lockstep.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
     lockstep.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at")
@@ -143,13 +144,14 @@ def _run(options: argparse.Namespace) -> int:
 
 def _lockstep(options: argparse.Namespace) -> int:
     from app import lockstep
+    from kvm.machine import MachineConfig
 
-    memory = parse_size(options.memory)
+    vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
     check_memory(memory)
     return lockstep.run(
         options.image,
         count=options.count,
-        memory=memory,
+        config=MachineConfig(vcpus, memory),
         format=options.format,
         address=None if options.address is None else parse_address(options.address),
     )

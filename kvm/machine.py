@@ -32,7 +32,7 @@ from kvm.snapshot.replace import StrPath
 from kvm.snapshot.state import Checkpoint, MachineState, check
 from kvm.status import Phase, Status
 from kvm.supervisor import Act, Supervisor
-from kvm.vcpu import Activity, Vcpu, VcpuView, step_control
+from kvm.vcpu import WAIT_LIMIT, Activity, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, layout, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import vcpu_table
@@ -199,6 +199,13 @@ class Machine:
                 elif epoch == self._supervisor.epoch:
                     self._guest_stopped(target, ended)
             return tuple(exits)
+
+    def settle(self) -> None:
+        """Wait until what the guest has asked for in its steps, a reset or its end, is done. Raises MachineError."""
+        with self._operation("settle"):
+            done = self._supervisor.caught_up()
+        if not done.wait(WAIT_LIMIT):
+            raise MachineError(f"The machine did not settle within {WAIT_LIMIT:g} s: its supervisor hangs.")
 
     def reset(self) -> None:
         """A system reset: devices, VCPUs, and the image as it was loaded; the guest goes on if it ran."""

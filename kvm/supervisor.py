@@ -27,13 +27,19 @@ class Supervisor:
         self.epoch = 0
         self._lock = lock
         self._handle = handle
-        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message | threading.Event | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="machine", daemon=True)
         self._thread.start()
 
     def tell(self, act: Act) -> None:
         """Any thread; doesn't wait."""
         self._inbox.put(_Message(self.epoch, act))
+
+    def caught_up(self) -> threading.Event:
+        """It's set once all that was told so far is done. Any thread."""
+        done = threading.Event()
+        self._inbox.put(done)
+        return done
 
     def close(self) -> None:
         """End the thread, unless it is the caller's. The lock must be free for it."""
@@ -43,6 +49,9 @@ class Supervisor:
 
     def _work(self) -> None:
         while (message := self._inbox.get()) is not None:
+            if isinstance(message, threading.Event):
+                message.set()
+                continue
             with self._lock:
                 if message.epoch == self.epoch:
                     self._handle(message.act)

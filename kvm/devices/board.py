@@ -26,12 +26,13 @@ class Board:
         self.serial_console = Console()
         self.debug_console = Console()
         self.serial = Uart(lambda level: platform.irq_line(_SERIAL_GSI, level), self.serial_console, self.bus.lock)
+        self.cmos = Cmos(memory, vcpus)
         self.post = Post()
         # Device, its ports, the widest access it takes whole, and whether it's only ever written to: then KVM may
         # gather the writes. (Not the UART: a guest may sleep until the interrupt that its write will cause.)
         table: tuple[tuple[Device, range, int, bool], ...] = (
             (KeyboardController(platform), range(0x60, 0x65, 4), 1, False),
-            (Cmos(memory, vcpus), range(0x70, 0x72), 1, False),
+            (self.cmos, range(0x70, 0x72), 1, False),
             (self.post, range(0x80, 0x81), 1, True),
             (Port92(platform), range(0x92, 0x93), 1, False),
             (DebugConsole("debugcon_e9", self.debug_console), range(0xE9, 0xEA), 1, True),

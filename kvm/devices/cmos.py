@@ -70,10 +70,15 @@ class Cmos:
         for register, value in memory_registers(memory, vcpus).items():
             self._bytes[register] = value
 
+    @property
+    def shows_time(self) -> bool:
+        """The data port reads the clock now."""
+        return self._index in _CLOCK
+
     def port_in(self, offset: int, size: int) -> int:
         if offset == INDEX:
             return 0xFF  # write-only on a PC
-        if self._index in _CLOCK:
+        if self.shows_time:
             return self._time(self._index)
         return _FIXED.get(self._index, self._bytes[self._index])
 

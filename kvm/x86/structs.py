@@ -145,6 +145,8 @@ class Xsave(ctypes.LittleEndianStructure):
     ftw: int
     mxcsr: int
     mxcsr_mask: int
+    st: ctypes.Array[ctypes.Array[ctypes.c_uint8]]
+    xmm: ctypes.Array[ctypes.Array[ctypes.c_uint8]]
     xstate_bv: int
     xcomp_bv: int
 

@@ -159,6 +159,17 @@ def test_the_guest_resets_the_machine(system: System, tmp_path: Path) -> None:
         assert regs(machine).rbx <= 1
 
 
+def test_a_reset_that_a_step_asked_for_is_done_once_it_has_settled(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, RESET_8042) as machine:
+        for _ in range(5):
+            for _ in range(3):
+                machine.step(0)
+            machine.settle()
+            assert regs(machine).rip == ORIGIN
+    with pytest.raises(MachineError, match="closed"):
+        machine.settle()
+
+
 def test_the_guest_exits_and_stands_where_it_wrote(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, EXIT_7) as machine:
         machine.run()

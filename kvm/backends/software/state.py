@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from functools import lru_cache
 
 from kvm.backends.software import context
 from kvm.backends.software.context import (
@@ -56,9 +57,15 @@ def put_regs(cpu: Context, raw: bytes) -> None:
 
 
 def _get_segment(segment: context.Segment) -> Segment:
-    out = Segment(segment.base, segment.limit, segment.selector & 0xFFFF)
+    return _segment(segment.base, segment.limit, segment.selector & 0xFFFF, segment.flags)
+
+
+@lru_cache(256)
+def _segment(base: int, limit: int, selector: int, flags: int) -> Segment:
+    """Remembered: there are few, and each sample has eight. The caller copies it."""
+    out = Segment(base, limit, selector)
     for name, shift, mask in _ATTRIBUTES:
-        setattr(out, name, segment.flags >> shift & mask)
+        setattr(out, name, flags >> shift & mask)
     out.unusable = not out.present
     return out
 

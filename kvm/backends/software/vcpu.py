@@ -604,6 +604,7 @@ class SoftwareVcpu:
         """An exception or INT instruction. False: it isn't the guest's."""
         cpu = self.cpu
         if cpu.exception_is_int:
+            cpu.exception_is_int = 0  # else the emulator takes what comes out to us next for an INT too, and moves RIP
             cpu.rip = cpu.exception_next_rip
             event = delivery.software_interrupt(cpu, self.vm.slots, vector)
             if vector == delivery.BP and self._debugging(GUESTDBG_USE_SW_BP):

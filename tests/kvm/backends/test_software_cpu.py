@@ -194,6 +194,24 @@ def test_a_fault_points_at_its_instruction(make: Make, mode: str, name: str) -> 
         assert guest.frame(7)[5:] == [STACK, DATA]
 
 
+@pytest.mark.parametrize("mode", ["protected", "long"])
+@pytest.mark.parametrize("instruction", ["pause", "cpuid", "rdtsc", "rdmsr"])
+def test_what_leaves_the_emulator_in_a_handler_of_int_n_goes_on_behind_itself(
+    make: Make, mode: str, instruction: str
+) -> None:
+    """The emulator goes on behind an INT, and would do so for whatever leaves it next."""
+    guest = make(
+        f"""
+        mov $0x10, %ecx; int $0x40; .skip 8, 0x90; out %al, $0x80; {STOP}
+        .org HANDLER
+        {instruction}; mov $7, %al; {STOP}""",
+        mode,
+    )
+    guest.run()
+    assert guest.bus.values(0x80) == []
+    assert guest.regs().rax & 0xFF == 7
+
+
 def test_int3_and_int_n_push_the_next_instruction(make: Make) -> None:
     guest = make(
         f"""
