@@ -110,7 +110,7 @@ def _line(file: SnapshotFile) -> str:
     name = f"  {shown(head.name)}" if head.name else ""
     return (
         f"{shown(str(file.path))}{name}  {_when(head.taken)}  {_stored(file.path)} stored, {what}  "
-        f"{head.vcpus} VCPUs, {show_size(head.memory)}, {head.backend}  RIP {where}"
+        f"{head.vcpus} VCPUs, {show_size(head.memory)}, {shown(head.backend)}  RIP {where}"
     )
 
 

@@ -8,7 +8,7 @@ import threading
 from bisect import bisect
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,8 @@ from kvm.snapshot.state import MachineState
 from kvm.x86 import layout
 
 MAX_GENERATIONS = 256
+_NO_STATE = MachineState((), {}, {})
+"""An ancestor's, which nobody asks for: 255 of them may be a lot."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,10 @@ class Chain:
         """For every RAM page the number of its content in ``sources(first)``."""
         memory = self.head.memory
         # Anonymous memory, zero and untouched: 16 MiB of an 8 GiB machine's index are mostly never needed.
-        index: Index = np.frombuffer(mmap.mmap(-1, memory // PAGE_SIZE * 8), np.int64)
+        try:
+            index: Index = np.frombuffer(mmap.mmap(-1, memory // PAGE_SIZE * 8), np.int64)
+        except OSError as error:
+            raise SnapshotError(f"Can't map {self.path}: {error}. End something that takes memory.") from error
         for number, file in enumerate(self.files):
             base = first + number << SOURCE_SHIFT
             stored = file.stored()
@@ -85,14 +90,12 @@ class Chain:
     def missing(self) -> Index:
         """The pages that the later files replace in ``ram``."""
         memory = self.head.memory
-        later = [
-            np.arange(page, page + extent.size // PAGE_SIZE)
-            for file in self.files[1:]
-            for extent in file.head.extents
-            if (page := page_number(memory, extent.address)) is not None
-        ]
-        pages: Index = np.unique(np.concatenate(later)).astype(np.int64) if later else np.empty(0, np.int64)
-        return pages
+        later = np.zeros(memory // PAGE_SIZE, bool)
+        for file in self.files[1:]:
+            for extent in file.head.extents:
+                if (page := page_number(memory, extent.address)) is not None:
+                    later[page : page + extent.size // PAGE_SIZE] = True
+        return np.flatnonzero(later)
 
     def rom(self) -> bytes:
         """What the ROM holds; as last written. Raises SnapshotError."""
@@ -100,16 +103,16 @@ class Chain:
         for file in reversed(self.files):
             for extent in file.head.extents:
                 if self.head.rom and extent.address == address:
-                    return file.read_at(extent.offset, extent.size)
+                    return bytes(file.read_at(extent.offset, extent.size))
         return b""
 
     def image(self) -> BootImage:
         """The guest's image, for a reset. Raises SnapshotError."""
         stored = self.files[0].head.image
         assert stored is not None, "the first file of a chain has one"
-        data, segments, at = self.files[0].image_data(), [], 0
+        data, segments, at = memoryview(self.files[0].image_data()), [], 0
         for address, size, length in stored.segments:
-            segments.append(Segment(address, data[at : at + length], size))
+            segments.append(Segment(address, bytes(data[at : at + length]), size))
             at += length
         return BootImage(stored.path, stored.format, tuple(segments), self.rom(), stored.entry)
 
@@ -179,8 +182,9 @@ def open_chain(path: StrPath) -> Chain:
         while files[0].head.parent is not None:
             if len(files) == MAX_GENERATIONS:
                 raise damaged(files[-1].path, f"it builds on more than {MAX_GENERATIONS - 1} others")
-            files.insert(0, stack.enter_context(_find_parent(files[0])))
-            head = files[0].head
+            parent = stack.enter_context(_find_parent(files[0]))
+            head = parent.head = replace(parent.head, state=_NO_STATE)
+            files.insert(0, parent)
             if (head.vcpus, head.memory, head.rom) != (files[1].head.vcpus, files[1].head.memory, files[1].head.rom):
                 raise damaged(files[1].path, f"its parent {files[0].path} is of another machine")
         stack.pop_all()
@@ -199,7 +203,7 @@ def _find_parent(child: SnapshotFile) -> SnapshotFile:
     except OSError:
         others = []
     for path in (named, *(other for other in others if other != named)):
-        if not path.is_file():
+        if not _is_file(path):
             continue
         try:
             file = read(path)
@@ -210,9 +214,17 @@ def _find_parent(child: SnapshotFile) -> SnapshotFile:
             return file
         file.close()
     raise SnapshotError(
-        f"Can't use {child.path}: it holds only what changed since {parent.path} (identity {parent.identity.hex()}), "
+        f"Can't use {child.path}: it holds only what changed since {parent.path!r} (identity {parent.identity.hex()}), "
         f"which isn't there. {wrong or f'Put that file into {folder}.'}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    """A path out of a file may be one that can't be looked at: too long, or through a folder that's closed to us."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def identity_of(path: StrPath) -> bytes | None:

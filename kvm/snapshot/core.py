@@ -74,7 +74,7 @@ def note(owner: bytes, kind: int, payload: bytes) -> bytes:
     return NHDR.pack(len(name), len(payload), kind) + _padded(name) + _padded(payload)
 
 
-def notes(raw: bytes) -> Iterator[tuple[bytes, int, bytes]]:
+def notes(raw: bytes | memoryview) -> Iterator[tuple[bytes, int, bytes]]:
     """Owner, type and payload of each note. Raises ValueError for what is no sequence of notes."""
     at = 0
     while at < len(raw):
@@ -86,7 +86,7 @@ def notes(raw: bytes) -> Iterator[tuple[bytes, int, bytes]]:
         at = payload + -(-size // 4) * 4
         if at > len(raw):
             raise ValueError("a note reaches beyond the notes")
-        yield raw[start : start + name_size].rstrip(b"\0"), kind, raw[payload : payload + size]
+        yield bytes(raw[start : start + name_size]).rstrip(b"\0"), kind, bytes(raw[payload : payload + size])
 
 
 def cpu_notes(vcpus: Sequence[Mapping[str, bytes]]) -> bytes:

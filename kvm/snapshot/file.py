@@ -108,7 +108,7 @@ def write(
     try:
         size = notes.head_size(draft)
     except ValueError as error:
-        raise SnapshotError(f"Can't write {os.fspath(path)}: {error}. Make it shorter.") from error
+        raise SnapshotError(f"Can't write {os.fspath(path)}: {error}. Make it smaller.") from error
     if size > notes.MAX_HEAD:
         raise SnapshotError(
             f"Can't write {os.fspath(path)}: its headers would have {size >> 20} MiB, more than a reader takes."
@@ -281,25 +281,26 @@ class SnapshotFile:
             found.append(((data - head.size) // PAGE_SIZE, (at - head.size) // PAGE_SIZE))
         return found
 
-    def image_data(self) -> bytes:
+    def image_data(self) -> bytearray:
         """What the stored guest image's segments hold, checked. Raises SnapshotError."""
         image = self.head.image
         assert image is not None, "the first file of a chain has one"
         return self.read_at(self.head.size + sum(extent.size for extent in self.head.extents), image.size)
 
-    def read_at(self, offset: int, size: int) -> bytes:
+    def read_at(self, offset: int, size: int) -> bytearray:
         """So many of the file's bytes, every chunk that they touch checked. Raises SnapshotError."""
-        data = bytearray()
-        first = (offset - self.head.size) // CHUNK
-        for number in range(first, -(-(offset + size - self.head.size) // CHUNK)):
-            at = self.head.size + number * CHUNK
-            chunk = bytearray(min(CHUNK, self.head.file_size - at))
-            self._read_into(memoryview(chunk), at)
+        start = self.head.size
+        data, room = bytearray(size), memoryview(bytearray(CHUNK))
+        for number in range((offset - start) // CHUNK, -(-(offset + size - start) // CHUNK)):
+            at = start + number * CHUNK
+            chunk = room[: self.head.file_size - at]
+            self._read_into(chunk, at)
             if xxhash.xxh3_64_intdigest(chunk) != int(self.head.chunks[number]):
                 raise damaged(self.path, f"{self._what(at)} doesn't match its checksum")
-            data += chunk
-        skip = offset - self.head.size - first * CHUNK
-        return bytes(data[skip : skip + size])
+            part = chunk[max(offset - at, 0) : offset + size - at]
+            place = max(at - offset, 0)
+            data[place : place + len(part)] = part
+        return data
 
     def close(self) -> None:
         """Let go of the file; what is mapped of it stays."""

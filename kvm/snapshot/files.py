@@ -149,7 +149,7 @@ class MachineFiles:
             raise SnapshotError(f"Can't load {chain.path}: {error}. Use another snapshot.") from error
         if losses and not drop:
             raise SnapshotMismatch(
-                f"Can't carry all of {chain.path} ({head.backend}) over. It would lose\n  "
+                f"Can't carry all of {chain.path} ({head.backend!r}) over. It would lose\n  "
                 + "\n  ".join(losses) + "\nLoad it with --drop (drop=True) to go on without.", losses,
             )  # fmt: skip
         return state, losses
@@ -162,7 +162,8 @@ class MachineFiles:
     def adopt(self, mapped: Mapped) -> None:
         """The machine has taken it: build on it."""
         chain = mapped.chain
-        self._mapped.update(zip(mapped.sources, chain.keys, strict=True))
+        known = self._mapped | dict(zip(mapped.sources, chain.keys, strict=True))
+        self._mapped = {source: known[source] for source in self._pages.files}
         self._ram = chain.keys[:1]
         rom = xxhash.xxh3_128_digest(mapped.image.rom)
         path = os.path.realpath(chain.path)

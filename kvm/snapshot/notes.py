@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,9 +35,17 @@ DATA_ALIGN = 1 << 16
 CHUNK = 1 << 20
 """Bytes of the file, from the head's end on, that one checksum covers."""
 MAX_HEAD = 64 << 20
-"""The most that reading a file takes into memory at once, but for what it's mapped for."""
 MAX_VCPUS = 4096
-MAX_LABEL = 64 << 10
+MAX_IMAGE = 1 << 30
+"""Bytes of the guest's image, which is read at once."""
+_MOST = {
+    CONFIG: (1 << 20, "the description of the guest's image"), LABEL: (64 << 10, "name and note"),
+    SUBSTATE: (64 << 10, "a substate"), DEVICE: (1 << 20, "a device's state, with the input that waits for the guest,"),
+}  # fmt: skip
+"""Bytes of a payload, and what it is to a person. A JSON text, decoded, takes 30 times its size, an MSR 10 times:
+with these and ``_MOST_NAMED`` what a reader holds stays in proportion to the head (FORMAT.md, Reading)."""
+_MOST_NAMED = 64
+"""Substates of a VCPU, and devices."""
 _YEAR_3000 = 32_503_680_000
 
 _FORMAT = struct.Struct("<IIQQQ16s16s")
@@ -51,7 +60,7 @@ _ENTRIES: dict[str, type] = {kind.__name__: kind for kind in (ResetVector, RealM
 _SIZES = {
     "regs": {ctypes.sizeof(Regs)}, "sregs": {ctypes.sizeof(Sregs), ctypes.sizeof(Sregs2)},
     "events": {ctypes.sizeof(VcpuEvents)}, "mp_state": {ctypes.sizeof(MpState)}, "lapic": {ctypes.sizeof(Lapic)},
-    "fpu": {ctypes.sizeof(Fpu)}, "xcrs": {ctypes.sizeof(Xcrs)},
+    "fpu": {ctypes.sizeof(Fpu)}, "xcrs": {ctypes.sizeof(Xcrs)}, "tsc_khz": {4},
 }  # fmt: skip
 """Sizes of what readers look into; the rest is checked against the machine that takes it."""
 _COUNTED = dict.fromkeys(("msrs", "msrs_reset", "tsc_deadline"), MSR_ENTRY.size) | {"cpuid": ctypes.sizeof(CpuidEntry)}
@@ -180,16 +189,19 @@ def _body(draft: Draft, chunks: NDArray[np.uint64]) -> tuple[bytes, bytes]:
         *((DEVICE, _DEVICE.pack(key.encode()) + raw) for key, raw in draft.state.devices.items()),
         (CHUNKS, chunks.astype("<u8").tobytes()),
     ]
-    label = _json({"name": draft.name, "note": draft.note})
-    if len(label) > MAX_LABEL:
-        raise ValueError(f"name and note have {len(label)} bytes, more than {MAX_LABEL}")
+    own = [(LABEL, _json({"name": draft.name, "note": draft.note})), *named]
+    if draft.image and draft.image.size > MAX_IMAGE:
+        raise ValueError(f"the guest's image has {draft.image.size >> 20} MiB, more than {MAX_IMAGE >> 20}")
+    for kind, payload in own:
+        if kind in _MOST and len(payload) > _MOST[kind][0]:
+            most, what = _MOST[kind]
+            raise ValueError(f"{what} would have {len(payload)} bytes, more than the {most} that a reader takes")
     body = b"".join((
         core.elf_header(1 + len(draft.extents)),
         bytes(core.PHDR.size * (1 + len(draft.extents))),
         core.note(OWNER, FORMAT, bytes(_FORMAT.size)),
         core.cpu_notes(draft.state.vcpus),
-        core.note(OWNER, LABEL, label),
-        *(core.note(OWNER, kind, payload) for kind, payload in named),
+        *(core.note(OWNER, kind, payload) for kind, payload in own),
     ))  # fmt: skip
     return body, _identity(draft.extents, [payload for _, payload in named])
 
@@ -203,7 +215,8 @@ def _identity(extents: Sequence[tuple[int, int]], payloads: Sequence[bytes]) -> 
 
 
 def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    # "replace": a path on Linux may be no text at all.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 # Reading
@@ -237,7 +250,8 @@ def head_bytes(start: bytes, file_size: int) -> int:
             f"its format is version {version}, this vmdeck knows version {VERSION}. "
             f"Open it with {'a newer' if version > VERSION else 'the'} vmdeck that knows it"
         )
-    if size != _FORMAT.size or chunk != CHUNK or not at < head <= MAX_HEAD or head % DATA_ALIGN or expected < head:
+    fits = at + _FORMAT_NOTE <= head <= min(expected, MAX_HEAD)
+    if size != _FORMAT.size or chunk != CHUNK or head % DATA_ALIGN or not fits:
         raise Damaged("its format note is damaged")
     if file_size != expected:
         how = "cut off" if file_size < expected else "longer than it was written"
@@ -257,12 +271,28 @@ def unpack(head: bytes) -> Head:
         raise Damaged("its headers and notes don't match their checksum")
     try:
         extents, raw = _program_headers(head, segments, size)
-        return _decode(list(core.notes(raw)), extents, identity, size, file_size, flags)
+        return _decode(_own(raw), extents, identity, size, file_size, flags)
     except (ValueError, KeyError, TypeError, struct.error, RecursionError, OverflowError) as error:
-        raise error if isinstance(error, Damaged) else Damaged(f"its notes can't be decoded ({error})") from error
+        raise error if isinstance(error, Damaged) else Damaged(f"its notes can't be decoded ({error!r})") from error
 
 
-def _program_headers(head: bytes, count: int, size: int) -> tuple[tuple[Extent, ...], bytes]:
+def _own(raw: memoryview) -> list[tuple[int, bytes]]:
+    """Type and payload of vmdeck's own notes. Other tools' aren't looked at."""
+    own: list[tuple[int, bytes]] = []
+    for owner, kind, payload in core.notes(raw):
+        if owner != OWNER:
+            continue
+        if not FORMAT <= kind <= CHUNKS:
+            raise Damaged("it has notes that this version doesn't know")
+        if kind in _MOST and len(payload) > _MOST[kind][0]:
+            raise Damaged(f"it has a note of type {kind:#x} with {len(payload)} bytes")
+        own.append((kind, payload))
+        if len(own) > _MOST_NAMED * (MAX_VCPUS + 2):
+            raise Damaged(f"it has more than {len(own)} notes")
+    return own
+
+
+def _program_headers(head: bytes, count: int, size: int) -> tuple[tuple[Extent, ...], memoryview]:
     headers = list(core.PHDR.iter_unpack(head[core.EHDR.size : core.EHDR.size + core.PHDR.size * count]))
     start, length = headers[0][2], headers[0][5]
     if core.note_segment(start, length) != core.PHDR.pack(*headers[0]) or start + length > size:
@@ -279,16 +309,14 @@ def _program_headers(head: bytes, count: int, size: int) -> tuple[tuple[Extent, 
             raise Damaged(f"its memory segment at {extent.address:#x} overlaps another or isn't page-aligned")
         extents.append(extent)
         offset += extent.size
-    return tuple(extents), head[start : start + length]
+    return tuple(extents), memoryview(head)[start : start + length]
 
 
 def _decode(
-    found: list[tuple[bytes, int, bytes]], extents: tuple[Extent, ...], identity: bytes, size: int, file_size: int,
-    flags: int,
+    own: list[tuple[int, bytes]], extents: tuple[Extent, ...], identity: bytes, size: int, file_size: int, flags: int
 ) -> Head:  # fmt: skip
-    own = [(kind, payload) for owner, kind, payload in found if owner == OWNER]
-    if flags or any(not FORMAT <= kind <= CHUNKS for kind, _ in own):
-        raise Damaged("it has notes or flags that this version doesn't know")
+    if flags:
+        raise Damaged("it has flags that this version doesn't know")
     by_kind = {kind: [payload for this, payload in own if this == kind] for kind in range(FORMAT, CHUNKS + 1)}
     for kind in (FORMAT, CONFIG, LABEL, CHUNKS):
         if len(by_kind[kind]) != 1:
@@ -308,8 +336,7 @@ def _decode(
         parent = Parent(bytes.fromhex(_get(config["parent"], "identity", str)), _get(config["parent"], "path", str))
         if len(parent.identity) != 16 or "\0" in parent.path:
             raise Damaged("its parent's name is no such")
-    regions = [*layout.ram(memory), *([(layout.ROM_END - rom, rom)] if rom else [])]
-    _check_extents(extents, regions, whole=parent is None)
+    _check_extents(extents, layout.ram(memory), [(layout.ROM_END - rom, rom)] if rom else [], whole=parent is None)
     stored = sum(extent.size for extent in extents)
     image = None if config["image"] is None else _image(config["image"], memory)
     if (image is None) != (parent is not None):
@@ -332,14 +359,20 @@ def _decode(
     )  # fmt: skip
 
 
-def _check_extents(extents: Sequence[Extent], regions: Sequence[tuple[int, int]], *, whole: bool) -> None:
-    if whole:
-        if [(extent.address, extent.size) for extent in extents] != sorted(regions):
-            raise Damaged("its memory segments aren't all of the machine's memory")
-        return
-    for extent in extents:
-        if not any(start <= extent.address and extent.end <= start + size for start, size in regions):
-            raise Damaged(f"its memory segment at {extent.address:#x} lies outside the machine's memory")
+def _check_extents(
+    extents: Sequence[Extent], ram: Sequence[tuple[int, int]], rom: Sequence[tuple[int, int]], *, whole: bool
+) -> None:
+    """All of the machine's memory, or parts of its RAM and all of its ROM or nothing."""
+    places = [(extent.address, extent.size) for extent in extents]
+    if whole and places != sorted((*ram, *rom)):
+        raise Damaged("its memory segments aren't all of the machine's memory")
+    for address, size in places:
+        if (address, size) not in rom and not _inside(address, size, ram):
+            raise Damaged(f"its memory segment at {address:#x} lies outside the machine's memory")
+
+
+def _inside(address: int, size: int, ranges: Sequence[tuple[int, int]]) -> bool:
+    return any(start <= address and address + size <= start + length for start, length in ranges)
 
 
 def _image(raw: Mapping[str, Any], memory: int) -> StoredImage:
@@ -348,16 +381,18 @@ def _image(raw: Mapping[str, Any], memory: int) -> StoredImage:
     if any(type(value) is not int or not 0 <= value < 1 << 64 for value in fields.values()):
         raise Damaged("its guest image's entry state is no such")
     segments = []
-    ranges = layout.ram(memory)
     for address, size, data in raw["segments"]:
         if not all(type(value) is int for value in (address, size, data)) or not 0 <= data <= size:
             raise Damaged("a segment of its guest image is no such")
-        if not any(start <= address and address + size <= start + length for start, length in ranges):
+        if not _inside(address, size, layout.ram(memory)):
             raise Damaged(f"the segment of its guest image at {address:#x} lies outside RAM")
         segments.append((address, size, data))
+    ordered = sorted((address, address + size) for address, size, _ in segments if size)
+    if any(end > start for (_, end), (start, _) in pairwise(ordered)):
+        raise Damaged("segments of its guest image overlap")
     size = _get(raw, "size", int)
-    if sum(data for _, _, data in segments) != size:
-        raise Damaged("its guest image's segments and size don't agree")
+    if sum(data for _, _, data in segments) != size or size > MAX_IMAGE:
+        raise Damaged("its guest image's segments and size don't agree, or are too large")
     return StoredImage(
         _get(raw, "path", str), _get(raw, "format", str), kind(**fields), size, tuple(segments)
     )  # fmt: skip
@@ -367,9 +402,9 @@ def _state(substates: Sequence[bytes], devices: Sequence[bytes], vcpus: int) -> 
     copies: dict[int, dict[str, bytes]] = {index: {} for index in (*range(vcpus), _MACHINE)}
     for payload in substates:
         vcpu, raw_name = _SUBSTATE.unpack_from(payload)
-        name, raw = raw_name.rstrip(b"\0").decode(), payload[_SUBSTATE.size :]
-        if vcpu not in copies or name in copies[vcpu]:
-            raise Damaged(f"it has a substate {name} of VCPU {vcpu} twice, or of one that there isn't")
+        name, raw = _name(raw_name), payload[_SUBSTATE.size :]
+        if vcpu not in copies or name in copies[vcpu] or len(copies[vcpu]) == _MOST_NAMED:
+            raise Damaged(f"it has a substate {name} of VCPU {vcpu} twice, of one that there isn't, or too many")
         if name in _COUNTED:
             right = len(raw) == 8 + int.from_bytes(raw[:8], "little") * _COUNTED[name]
         elif name == "xsave":
@@ -382,10 +417,18 @@ def _state(substates: Sequence[bytes], devices: Sequence[bytes], vcpus: int) -> 
     for index in range(vcpus):
         if missing := [name for name in _NEEDED if name not in copies[index]]:
             raise Damaged(f"it lacks VCPU {index}'s {', '.join(missing)}")
-    by_name = {raw[: _DEVICE.size].rstrip(b"\0").decode(): raw[_DEVICE.size :] for raw in devices}
-    if len(by_name) != len(devices) or any(len(raw) < _DEVICE.size for raw in devices):
-        raise Damaged("it has a device twice, or less of one than its name")
+    by_name = {_name(raw[: _DEVICE.size]): raw[_DEVICE.size :] for raw in devices}
+    if len(by_name) != len(devices) or len(devices) > _MOST_NAMED or any(len(raw) < _DEVICE.size for raw in devices):
+        raise Damaged(f"it has a device twice, less of one than its name, or more than {_MOST_NAMED}")
     return MachineState(tuple(copies[index] for index in range(vcpus)), copies[_MACHINE], by_name)
+
+
+def _name(raw: bytes) -> str:
+    """A name that can stand in a message."""
+    name = raw.rstrip(b"\0").decode("ascii")
+    if not name.isprintable():
+        raise Damaged(f"it has a substate or device with the name {name!r}")
+    return name
 
 
 def _get(mapping: Mapping[str, Any], key: str, kind: type[T]) -> T:

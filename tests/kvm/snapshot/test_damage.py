@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import struct
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvm.backends.interface import System
+from kvm.backends.software.system import SoftwareSystem
+from kvm.boot import loader
 from kvm.errors import KvmError, MachineError, SnapshotError, VmdeckError
-from kvm.machine import Machine, Phase
+from kvm.machine import Machine, MachineConfig, Phase
 from kvm.snapshot import chain, notes
 from kvm.snapshot.file import read
-from kvm.x86.structs import Regs
+from kvm.x86 import layout
+from kvm.x86.structs import Regs, pack_msrs
 from tests.kvm.machines import COUNT, build, until
-from tests.kvm.snapshot.crafted import memory_in, memory_of, seal, seal_at, settled, with_device, with_substate
+from tests.kvm.snapshot import heads
+from tests.kvm.snapshot.crafted import (
+    memory_in,
+    memory_of,
+    rewritten,
+    seal,
+    seal_at,
+    settled,
+    with_device,
+    with_substate,
+)
 
 MIB = 1 << 20
 
@@ -27,8 +46,6 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small snapshot, with some memory in it."""
-    from kvm.backends.software.system import SoftwareSystem
-
     folder = tmp_path_factory.mktemp("small")
     system = SoftwareSystem()
     with build(system, folder, COUNT, memory=MIB) as machine:
@@ -41,8 +58,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def taker(small: Path) -> Iterator[Machine]:
     """A machine that could take it."""
-    from kvm.backends.software.system import SoftwareSystem
-
     system = SoftwareSystem()
     with build(system, small.parent, COUNT, memory=MIB) as machine:
         yield machine
@@ -264,3 +279,143 @@ def test_18_control_without_a_way_back_half_a_machine_is_left(system: System, tm
 def rax(machine: Machine) -> int:
     machine.request_samples()
     return Regs.from_buffer_copy(machine.view(0).regs).rax
+
+
+# Files whose checksums are right, made by somebody who means harm
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(SnapshotError) as caught:
+        chain.open_chain(path).close()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "new\nline", "ünï"])
+def test_a_name_that_a_terminal_would_obey_is_refused(small: Path, name: str) -> None:
+    for bad in (with_substate(small, 0, name, b"x"), with_device(small, name, b"x")):
+        assert refusal(bad).isprintable()
+
+
+def parts_of(path: Path) -> heads.Parts:
+    with open(path, "rb") as file:
+        parts = heads.taken_apart(file.read(64 << 10))
+    assert parts is not None
+    return parts
+
+
+def child_of(path: Path, parent: str, *extents: tuple[int, int]) -> Path:
+    """An incremental file of the same machine that builds on whatever."""
+    parts = parts_of(path)
+    config = json.loads(parts.first(notes.CONFIG))
+    config.update(parent={"identity": "00" * 16, "path": parent}, image=None)
+    parts.replace(notes.CONFIG, json.dumps(config).encode())
+    parts.extents = list(extents)
+    child = path.with_name("child.vmdeck")
+    child.unlink(missing_ok=True)
+    heads.write(child, heads.put_together(parts))
+    return child
+
+
+@pytest.mark.parametrize("parent", ["\x1b[31mred", "x" * 300, "/" * 5000, "../" * 2000, "small.vmdeck/x"])
+def test_a_parent_s_path_may_be_anything(small: Path, parent: str) -> None:
+    """It went to the terminal as it was; one that's too long for the file system was no SnapshotError."""
+    told = refusal(child_of(small, parent))
+    assert "holds only what changed" in told
+    assert told.isprintable()
+
+
+def test_segments_that_are_not_a_machine_s_are_refused(tmp_path: Path) -> None:
+    """Half a ROM would be put elsewhere; an image's segments on top of one another would take a reset for ever."""
+    (tmp_path / "rom").write_bytes(bytes(64 << 10))
+    image = loader.load(tmp_path / "rom", memory=MIB, format="firmware")
+    path = tmp_path / "a.vmdeck"
+    with closing(SoftwareSystem()) as system, Machine(system, image, MachineConfig(1, MIB)) as machine:
+        machine.save_file(path)
+
+    def overlapping(draft: dict[str, Any]) -> None:
+        draft["image"] = replace(draft["image"], segments=((0, MIB, 0), (4096, 4096, 0)))
+
+    assert "outside the machine's memory" in refusal(child_of(path, "x", (layout.ROM_END - 4096, 4096)))
+    assert "overlap" in refusal(rewritten(path, overlapping))
+
+
+def test_an_image_s_size_is_not_taken_on_trust(small: Path, taker: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It's read at once, and a file of holes may name any size."""
+    monkeypatch.setattr(notes, "MAX_IMAGE", 3)
+    assert "too large" in refusal(small)
+    with pytest.raises(SnapshotError, match="image has 0 MiB, more than"):
+        taker.save_file(small.with_name("other.vmdeck"))
+
+
+@pytest.mark.parametrize(("name", "raw"), [("tsc_khz", b"x" * 300), ("xcrs", b""), ("lapic", b"short"), ("fpu", b"")])
+def test_a_substate_s_size_is_checked_before_it_is_looked_into(small: Path, name: str, raw: bytes) -> None:
+    assert f"its {name} of VCPU 0 has {len(raw)} bytes" in refusal(with_substate(small, 0, name, raw))
+
+
+def own(kind: int, payload: bytes) -> heads.Note:
+    return notes.OWNER, kind, payload
+
+
+def many(kind: int, payload: Callable[[int], bytes], size: int) -> list[heads.Note]:
+    """As many notes as go into so many bytes."""
+    return [own(kind, payload(number)) for number in range(size // (20 + len(payload(0))))]
+
+
+def msrs(count: int) -> heads.Note:
+    return own(notes.SUBSTATE, bytes(4) + b"msrs".ljust(24, b"\0") + pack_msrs(range(count)))
+
+
+def which(note: heads.Note) -> tuple[int, bytes]:
+    """Type, and the name where there may be several of a type."""
+    _, kind, payload = note
+    return kind, payload[:28] if kind in (notes.SUBSTATE, notes.DEVICE) else b""
+
+
+HEAVY: dict[str, Callable[[bytes, int], list[heads.Note]]] = {
+    "lists": lambda config, size: [own(notes.CONFIG, config[:-1] + b',"x":[' + b"[]," * (size // 3) + b"0]}")],
+    "a name": lambda config, size: [
+        own(notes.LABEL, b'{"name":"","note":"","x":[' + b"{}," * (size // 3) + b"0]}")
+    ],
+    "MSRs": lambda config, size: [msrs(size // 16)],
+    "input": lambda config, size: [own(notes.DEVICE, b"uart".ljust(32, b"\0") + bytes(size))],
+    "all as large as may be": lambda config, size: [
+        *HEAVY["lists"](config, 1000 << 10), *HEAVY["a name"](config, 60 << 10), msrs(4000),
+        *HEAVY["input"](config, 1000 << 10), *many(notes.SUBSTATE, lambda n: bytes(4) + b"%024d" % n, 2000),
+    ],
+    "other tools' notes": lambda config, size: [(b"CORE", 1, bytes(80))] * (size // 100),
+    "devices": lambda config, size: many(notes.DEVICE, lambda n: b"%032d" % n, size),
+    "substates": lambda config, size: many(notes.SUBSTATE, lambda n: bytes(4) + b"%024d" % n, size),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("what", "size"),
+    [(what, 2 * MIB) for what in HEAVY][:5] + [pytest.param(what, 56 * MIB, marks=pytest.mark.slow) for what in HEAVY],
+)
+def test_a_reader_holds_no_more_than_is_stated(
+    small: Path, taker: Machine, tmp_path: Path, what: str, size: int
+) -> None:
+    """FORMAT.md, Reading: four times the head and 32 MiB, whatever its notes are made of."""
+    parts = parts_of(small)
+    made = HEAVY[what](parts.first(notes.CONFIG), size)
+    replaced = {which(note) for note in made}
+    parts.notes = [note for note in parts.notes if which(note) not in replaced] + made
+    head = heads.put_together(parts)
+    path = tmp_path / "heavy.vmdeck"
+    heads.write(path, head)
+    tracemalloc.start()
+    try:
+        with suppress(VmdeckError):
+            taker.load_file(path, drop=True)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(head) + (32 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(notes.DEVICE, b"%032d"), (notes.SUBSTATE, bytes(4) + b"%024d")])
+def test_more_names_than_there_can_be_are_refused(small: Path, kind: int, name: bytes) -> None:
+    parts = parts_of(small)
+    parts.notes += [own(kind, name % number) for number in range(100)]
+    path = small.with_name(f"many {kind}.vmdeck")
+    heads.write(path, heads.put_together(parts))
+    assert re.search("more than|too many", refusal(path))

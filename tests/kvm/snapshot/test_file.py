@@ -19,6 +19,7 @@ from kvm.errors import SnapshotCancelled, SnapshotError
 from kvm.machine import Machine, MachineConfig, Phase
 from kvm.snapshot import chain
 from kvm.snapshot.file import read
+from kvm.snapshot.state import MachineState
 from kvm.x86.structs import Regs, Sregs
 from tests.kvm.machines import COUNT, build
 from tests.kvm.snapshot.crafted import memory_in, memory_of, rewritten, seal_at
@@ -81,8 +82,50 @@ def test_zero_pages_are_holes(machine: Machine, tmp_path: Path) -> None:
         assert status.st_mode & 0o777 == 0o600
 
 
+def check_in_gdb(path: Path, state: MachineState, memory: dict[int, bytes]) -> None:
+    """Every VCPU is a thread with its registers, and at each of the addresses lie these 4 bytes."""
+    told = tool(
+        "gdb", "-nx", "-batch", "-c", str(path), "-ex", f"thread apply all info registers {' '.join(SHOWN)}",
+        *(part for address in memory for part in ("-ex", f"x/4xb {address:#x}")),
+    )  # fmt: skip
+    threads = dict(re.findall(r"Thread \d+ \(LWP (\d+)\):\n(.*?)(?=\n\n|\Z)", told, re.DOTALL))
+    assert set(threads) == {str(number + 1) for number in range(len(state.vcpus))}
+    for index, copy in enumerate(state.vcpus):
+        regs, sregs = Regs.from_buffer_copy(copy["regs"]), Sregs.from_buffer_copy(copy["sregs"])
+        shown = {
+            name: int(value, 0)
+            for name, value in re.findall(r"^(\w+) +(0x[0-9a-f]+|\d+)", threads[str(index + 1)], re.MULTILINE)
+        }
+        for name in SHOWN[:17]:
+            assert shown[name] == getattr(regs, name), (index, name)
+        for name in SHOWN[18:24]:
+            assert shown[name] == getattr(sregs, name).selector, (index, name)
+        assert shown["eflags"] == regs.rflags
+        assert (shown["fs_base"], shown["gs_base"]) == (sregs.fs.base, sregs.gs.base)
+    for address, expected in memory.items():
+        (line,) = re.findall(rf"^{address:#x}:(.*)$", told, re.MULTILINE)
+        assert bytes(int(byte, 16) for byte in line.split()) == expected
+
+
+def check_in_drgn(path: Path, state: MachineState, memory: dict[int, bytes]) -> None:
+    """The same."""
+    drgn = pytest.importorskip("drgn")
+    program = drgn.Program()
+    program.set_core_dump(str(path))
+    threads = {thread.tid: thread.stack_trace()[0].registers() for thread in program.threads()}
+    assert set(threads) == {number + 1 for number in range(len(state.vcpus))}
+    for index, copy in enumerate(state.vcpus):
+        regs = Regs.from_buffer_copy(copy["regs"])
+        for name in ("rax", "rdx", "rsp", "rip"):
+            assert threads[index + 1][name] == getattr(regs, name)
+    for address, expected in memory.items():
+        assert program.read(address, 4) == expected
+
+
 @pytest.mark.parametrize("vcpus", [1, 3])
-def test_gdb_shows_every_vcpu_as_a_thread_and_memory_at_its_address(system: System, tmp_path: Path, vcpus: int) -> None:
+def test_debuggers_show_every_vcpu_as_a_thread_and_memory_at_its_address(
+    system: System, tmp_path: Path, vcpus: int
+) -> None:
     with demo(system, vcpus) as machine:
         for _ in range(20):
             machine.step(0)
@@ -90,45 +133,28 @@ def test_gdb_shows_every_vcpu_as_a_thread_and_memory_at_its_address(system: Syst
             machine.edit(index, "r12", 0x1212_0000_0000_0000 + index)
             machine.edit(index, "gs.base", 0x4321_0000 + index)
         machine.write_memory(0x1FFFFFC, b"\xde\xad\xbe\xef")
-        path = tmp_path / "a.vmdeck"
-        machine.save_file(path)
-        told = tool(
-            "gdb", "-nx", "-batch", "-c", str(path), "-ex", f"thread apply all info registers {' '.join(SHOWN)}",
-            "-ex", "x/4xb 0x100000", "-ex", "x/4xb 0x1fffffc", "-ex", "x/4xb 0x1800000",
-        )  # fmt: skip
-        threads = dict(re.findall(r"Thread \d+ \(LWP (\d+)\):\n(.*?)(?=\n\n|\Z)", told, re.DOTALL))
-        assert set(threads) == {str(number) for number in range(1, vcpus + 1)}
-        for index, copy in enumerate(machine.save().vcpus):
-            regs, sregs = Regs.from_buffer_copy(copy["regs"]), Sregs.from_buffer_copy(copy["sregs"])
-            shown = {
-                name: int(value, 0)
-                for name, value in re.findall(r"^(\w+) +(0x[0-9a-f]+|\d+)", threads[str(index + 1)], re.MULTILINE)
-            }
-            for name in SHOWN[:17]:
-                assert shown[name] == getattr(regs, name), (index, name)
-            for name in SHOWN[18:24]:
-                assert shown[name] == getattr(sregs, name).selector, (index, name)
-            assert shown["eflags"] == regs.rflags
-            assert (shown["fs_base"], shown["gs_base"]) == (sregs.fs.base, sregs.gs.base)
-        for address in (0x100000, 0x1FFFFFC, 0x1800000):
-            (line,) = re.findall(rf"^{address:#x}:(.*)$", told, re.MULTILINE)
-            assert bytes(int(byte, 16) for byte in line.split()) == machine.read_memory(address, 4)
-
-
-def test_drgn_shows_every_vcpu_as_a_thread_too(machine: Machine, tmp_path: Path) -> None:
-    drgn = pytest.importorskip("drgn")
-    with machine:
-        machine.write_memory(0x123456, b"drgn")
         machine.save_file(tmp_path / "a.vmdeck")
-        program = drgn.Program()
-        program.set_core_dump(str(tmp_path / "a.vmdeck"))
-        threads = {thread.tid: thread.stack_trace()[0].registers() for thread in program.threads()}
-        assert set(threads) == {1, 2}
-        for index, copy in enumerate(machine.save().vcpus):
-            regs = Regs.from_buffer_copy(copy["regs"])
-            for name in ("rax", "rdx", "rsp", "rip"):
-                assert threads[index + 1][name] == getattr(regs, name)
-        assert program.read(0x123456, 4) == b"drgn"
+        memory = {address: machine.read_memory(address, 4) for address in (0x100000, 0x1FFFFFC, 0x1800000)}
+        check_in_gdb(tmp_path / "a.vmdeck", machine.save(), memory)
+        check_in_drgn(tmp_path / "a.vmdeck", machine.save(), memory)
+
+
+@pytest.mark.parametrize("format", ["flat16", "flat32", "flat64"])
+def test_debuggers_open_a_flattened_chain_of_a_guest_in_any_mode(system: System, tmp_path: Path, format: str) -> None:
+    """By the files' last generation, not the one that has all memory."""
+    with build(system, tmp_path, COUNT, vcpus=2, memory=4 * MIB, format=format) as machine:
+        for number in range(3):
+            machine.step(0)
+            machine.edit(1, "rdx", 0xD0 + number)
+            machine.edit(1, "fs.base", 0xF000 * number)
+            machine.write_memory(0x3FFFFC, bytes([number] * 4))
+            machine.write_memory(0x200000 + number * 4096, b"here")
+            machine.save_file(tmp_path / str(number), incremental=number > 0)
+        chain.flatten(tmp_path / "2", tmp_path / "flat")
+        memory = {at: machine.read_memory(at, 4) for at in (0x1000, 0x100000, 0x200000, 0x202000, 0x3FFFFC)}
+        assert memory[0x3FFFFC] == b"\2\2\2\2"
+        check_in_gdb(tmp_path / "flat", machine.save(), memory)
+        check_in_drgn(tmp_path / "flat", machine.save(), memory)
 
 
 def test_readelf_finds_the_notes_of_every_vcpu_and_memory_where_it_is(machine: Machine, tmp_path: Path) -> None:
