@@ -48,6 +48,8 @@ CATCH_UP = 4096
 instruction: its emulator's ends one behind it, a processor's where the handler returns to, as the delivery clears TF
 (SDM vol. 3A, 6.12.1.3). PVM's step over IRET ends behind the next instruction."""
 
+WORDS = 4
+"""Of memory that differs: so many are named."""
 FRAME = 7 * 8
 """Bytes that an exception pushes at most."""
 
@@ -86,6 +88,7 @@ RESET_PORTS = (0x64, 0x92, 0xCF9)
 
 _CMOS_DATA = 0x71
 _ACCESSED_DIRTY = 0x60
+"""Bits that a processor may set in page tables before it has to."""
 _NEEDS_ANOTHER = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED)
 """MP states that only an INIT or SIPI ends."""
 
@@ -162,6 +165,7 @@ class Lockstep:
 
     def __init__(self, reference: Machine, other: Machine) -> None:
         self._machines = reference, other
+        self._memory = _reader(reference), _reader(other)
         self._outcome = Outcome()
         self._last = -1
         """The VCPU that took the last step."""
@@ -403,20 +407,15 @@ class Lockstep:
         while len(raw) < size:
             address = linear + len(raw)
             physical = self._physical(at, address)
-            if physical is None:
+            piece = min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE)
+            found = b"" if physical is None else self._memory[which](physical, piece)
+            if not found:
                 break
-            try:
-                piece = min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE)
-                raw += self._machines[which].read_memory(physical, piece)
-            except MemoryAccessError:
-                break
+            raw += found
         return raw
 
     def _physical(self, at: _Registers, linear: int) -> int | None:
-        try:
-            return paging.translate(at.sregs, linear, self._machines[0].read_memory)
-        except MemoryAccessError:
-            return None
+        return paging.translate(at.sregs, linear, self._memory[0])
 
     def _accesses(self, code: _Code, before: _Registers) -> Iterator[tuple[int, int, bool]]:
         """The physical page, the offset in it, and whether it is written, of each memory operand that is mapped."""
@@ -441,15 +440,26 @@ class Lockstep:
         return self._last, self._memory_differences()
 
     def _memory_differences(self) -> Values:
-        """Differing 64-bit words, the first few, by their address; A and D bits of page tables may come early."""
+        """Differing 64-bit words, the first few, by their address; not A and D bits of page tables."""
         found: Values = {}
-        mine, theirs = (machine.memory.ram for machine in self._machines)
-        for one, two in zip(mine, theirs, strict=True):
+        tables: frozenset[int] | None = None
+        for one, two in zip(*(machine.memory.ram for machine in self._machines), strict=True):
             words = [region.pages.reshape(-1).view(np.uint64) for region in (one, two)]
-            differing = np.flatnonzero((words[0] ^ words[1]) & np.uint64(~_ACCESSED_DIRTY & (1 << 64) - 1))
-            for at in differing[:4]:
-                found[f"memory[{one.address + int(at) * 8:#x}]"] = int(words[0][at]), int(words[1][at])
+            for at in np.flatnonzero(words[0] ^ words[1]):
+                address, values = one.address + int(at) * 8, (int(words[0][at]), int(words[1][at]))
+                if not (values[0] ^ values[1]) & ~_ACCESSED_DIRTY:
+                    tables = self._tables() if tables is None else tables
+                    if address & -PAGE_SIZE in tables:
+                        continue
+                found[f"memory[{address:#x}]"] = values
+                if len(found) == WORDS:
+                    return found
         return found
+
+    def _tables(self) -> frozenset[int]:
+        """The pages of all VCPUs' page tables."""
+        every = (self._registers(0, vcpu).sregs for vcpu in range(len(self._machines[0].vcpus)))
+        return frozenset().union(*(paging.tables(sregs, self._memory[0]) for sregs in every))
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +492,18 @@ class _Code:
         """The mnemonic, without its prefixes."""
         words = self.text.split()
         return words[1] if len(words) > 1 and (self.repeated or words[0] == "lock") else words[0]
+
+
+def _reader(machine: Machine) -> paging.Read:
+    """Its physical memory, as far as it is there."""
+
+    def read(address: int, size: int) -> bytes:
+        try:
+            return machine.read_memory(address, size)
+        except MemoryAccessError:
+            return b""
+
+    return read
 
 
 def _differences(mine: _Registers, theirs: _Registers) -> Values:

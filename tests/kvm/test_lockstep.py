@@ -411,3 +411,13 @@ def test_who_halts_in_a_window_does_so_again_when_it_is_gone_through_again(
         outcome = both.run(250)
     assert outcome.difference is not None
     assert outcome.difference.step == 3 + 2 * 2 + 2 * 39, "the AP's CLI and HLT are among them"
+
+
+@pytest.mark.parametrize(("address", "differs"), [(0x3040, False), (0x200000, True)])
+def test_bits_that_may_come_early_are_none_only_in_page_tables(tmp_path: Path, address: int, differs: bool) -> None:
+    """The boot tables' entry for 16 MiB, which nothing uses, and other memory with the same bits changed."""
+    with pair(bundled("counter64", tmp_path)) as both:
+        (before,) = both._machines[1].read_memory(address, 1)
+        both._machines[1].write_memory(address, bytes((before ^ 0x60,)))
+        outcome = both.run(20)
+    assert (outcome.difference is not None) is differs
