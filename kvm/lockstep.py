@@ -160,6 +160,10 @@ def pair(reference: System, other: System, image: BootImage, config: MachineConf
         yield Lockstep(one, two)
 
 
+_Position = tuple[Outcome, int, frozenset[int]]
+"""Where a window begins: so far, the VCPU that stepped last, those that are halted."""
+
+
 class Lockstep:
     """``reference`` is believed where there's nothing to compare: KVM, as a rule."""
 
@@ -192,15 +196,20 @@ class Lockstep:
         start = self._checkpoints()
         while outcome.steps < count and not outcome.ended:
             before = replace(outcome, taken=Counter(outcome.taken)), self._last, self._halted
-            if not self._steps(min(outcome.steps + WINDOW, count), each_time=False):
+            together = self._steps(min(outcome.steps + WINDOW, count), each_time=False)
+            if not together and not stopped():  # but they were before the last step: compare them there
+                steps, ended = outcome.steps - 1, outcome.ended
+                outcome = self._go_back(start, before)
+                self._steps(steps, each_time=False)
+                outcome.ended = outcome.ended or ended
+            if stopped():
+                outcome.ended = outcome.ended or "stopped"
                 break
             end = self._checkpoints()
             if outcome.difference is None and (differing := self._all_differences([each.state for each in end]))[1]:
                 self._forget(end)
                 steps = outcome.steps
-                (outcome, self._last, self._halted), self._shut_down = before, None
-                self._outcome = outcome
-                self._restore(start)
+                outcome = self._go_back(start, before)
                 self._steps(steps, each_time=True)
                 if outcome.difference is None:  # it came from a value of time or chance, which now was another
                     self._found(*differing, 0, f"one of the last {WINDOW} instructions, and none when stepped again")
@@ -210,6 +219,14 @@ class Lockstep:
             progress(outcome.steps)
         self._forget(start)
         return outcome
+
+    def _go_back(self, start: Sequence[Checkpoint], before: _Position) -> Outcome:
+        """To where a window began."""
+        outcome, self._last, self._halted = before
+        self._outcome = replace(outcome, taken=Counter(outcome.taken))
+        self._shut_down = None
+        self._restore(start)
+        return self._outcome
 
     def _checkpoints(self) -> list[Checkpoint]:
         """Where a window ends and the next begins, and who waits there."""
@@ -251,6 +268,9 @@ class Lockstep:
                 return False
             outcome.steps += 1
             self._last = vcpu
+            if ended[0].kind is ExitKind.INTERNAL_ERROR and ended[1].kind is ExitKind.DEBUG:
+                outcome.ended = f"VCPU {vcpu}, {code.text}: this host's KVM can't emulate it"
+                return False
             if (kinds := _kinds(ended)) is not None:
                 outcome.ended = f"VCPU {vcpu}, {code.text}: {kinds}"
                 self._shut_down = vcpu

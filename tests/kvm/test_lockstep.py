@@ -11,7 +11,7 @@ import pytest
 
 from app import guests
 from kvm import lockstep
-from kvm.backends.interface import Exit, System
+from kvm.backends.interface import Exit, ExitKind, System
 from kvm.backends.software.system import SoftwareSystem
 from kvm.boot import loader
 from kvm.boot.image import BootImage, Segment
@@ -283,6 +283,31 @@ def test_a_host_that_does_not_step_at_cpl_3_is_no_difference(reference: System, 
         outcome = both.run(2000)
     assert outcome.difference is None
     assert outcome.ended.endswith(("this host's KVM doesn't step at CPL 3", "the guest ended itself"))
+
+
+@pytest.mark.kvm
+def test_an_instruction_that_this_hosts_kvm_lacks_is_no_difference(reference: System, tmp_path: Path) -> None:
+    image = flat(tmp_path, assembled(SOURCES / "unemulated.S", tmp_path))
+    with pair(image, reference=reference) as both:
+        outcome = both.run(2000)
+    assert outcome.difference is None
+    assert outcome.ended.endswith(("this host's KVM can't emulate it", "the guest ended itself"))
+
+
+def test_what_came_before_a_step_that_leads_apart_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As KVM gives up at the 50th of ``inc eax; jmp back``, after the other has gone wrong at the 40th."""
+    with pair(flat(tmp_path, COUNT, "flat16")) as both:
+        goes_wrong(monkeypatch, both._machines[1], 0, WRONG["xmm3"])
+        step = both._machines[0].step
+
+        def gives_up(which: int | None = None) -> tuple[Exit, ...]:
+            ended = step(which)
+            return (Exit(ExitKind.INTERNAL_ERROR, 1),) if regs_of(both._machines[0]).rax == 50 else ended
+
+        monkeypatch.setattr(both._machines[0], "step", gives_up)
+        outcome = both.run(2000)
+    assert outcome.difference is not None
+    assert (outcome.difference.step, list(outcome.difference.values)) == (2 * 39 + 1, ["xmm3"])
 
 
 @pytest.mark.kvm
