@@ -48,6 +48,8 @@ CATCH_UP = 4096
 instruction: its emulator's ends one behind it, a processor's where the handler returns to, as the delivery clears TF
 (SDM vol. 3A, 6.12.1.3). PVM's step over IRET ends behind the next instruction."""
 
+WORDS = 4
+"""Of memory that differs: so many are named."""
 FRAME = 7 * 8
 """Bytes that an exception pushes at most."""
 
@@ -86,6 +88,7 @@ RESET_PORTS = (0x64, 0x92, 0xCF9)
 
 _CMOS_DATA = 0x71
 _ACCESSED_DIRTY = 0x60
+"""Bits that a processor may set in page tables before it has to."""
 _NEEDS_ANOTHER = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED)
 """MP states that only an INIT or SIPI ends."""
 
@@ -158,11 +161,16 @@ def pair(reference: System, other: System, image: BootImage, config: MachineConf
         yield Lockstep(one, two)
 
 
+_Position = tuple[Outcome, int, frozenset[int]]
+"""Where a window begins: so far, the VCPU that stepped last, those that are halted."""
+
+
 class Lockstep:
     """``reference`` is believed where there's nothing to compare: KVM, as a rule."""
 
     def __init__(self, reference: Machine, other: Machine) -> None:
         self._machines = reference, other
+        self._memory = _reader(reference), _reader(other)
         self._outcome = Outcome()
         self._last = -1
         """The VCPU that took the last step."""
@@ -189,15 +197,20 @@ class Lockstep:
         start = self._checkpoints()
         while outcome.steps < count and not outcome.ended:
             before = replace(outcome, taken=Counter(outcome.taken)), self._last, self._halted
-            if not self._steps(min(outcome.steps + WINDOW, count), each_time=False):
+            together = self._steps(min(outcome.steps + WINDOW, count), each_time=False)
+            if not together and not stopped():  # but they were before the last step: compare them there
+                steps, ended = outcome.steps - 1, outcome.ended
+                outcome = self._go_back(start, before)
+                self._steps(steps, each_time=False)
+                outcome.ended = outcome.ended or ended
+            if stopped():
+                outcome.ended = outcome.ended or "stopped"
                 break
             end = self._checkpoints()
             if outcome.difference is None and (differing := self._all_differences([each.state for each in end]))[1]:
                 self._forget(end)
                 steps = outcome.steps
-                (outcome, self._last, self._halted), self._shut_down = before, None
-                self._outcome = outcome
-                self._restore(start)
+                outcome = self._go_back(start, before)
                 self._steps(steps, each_time=True)
                 if outcome.difference is None:  # it came from a value of time or chance, which now was another
                     self._found(*differing, 0, f"one of the last {WINDOW} instructions, and none when stepped again")
@@ -207,6 +220,14 @@ class Lockstep:
             progress(outcome.steps)
         self._forget(start)
         return outcome
+
+    def _go_back(self, start: Sequence[Checkpoint], before: _Position) -> Outcome:
+        """To where a window began."""
+        outcome, self._last, self._halted = before
+        self._outcome = replace(outcome, taken=Counter(outcome.taken))
+        self._shut_down = None
+        self._restore(start)
+        return self._outcome
 
     def _checkpoints(self) -> list[Checkpoint]:
         """Where a window ends and the next begins, and who waits there."""
@@ -248,6 +269,9 @@ class Lockstep:
                 return False
             outcome.steps += 1
             self._last = vcpu
+            if ended[0].kind is ExitKind.INTERNAL_ERROR and ended[1].kind is ExitKind.DEBUG:
+                outcome.ended = f"VCPU {vcpu}, {code.text}: this host's KVM can't emulate it"
+                return False
             if (kinds := _kinds(ended)) is not None:
                 outcome.ended = f"VCPU {vcpu}, {code.text}: {kinds}"
                 self._shut_down = vcpu
@@ -404,20 +428,15 @@ class Lockstep:
         while len(raw) < size:
             address = linear + len(raw)
             physical = self._physical(at, address)
-            if physical is None:
+            piece = min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE)
+            found = b"" if physical is None else self._memory[which](physical, piece)
+            if not found:
                 break
-            try:
-                piece = min(size - len(raw), PAGE_SIZE - address % PAGE_SIZE)
-                raw += self._machines[which].read_memory(physical, piece)
-            except MemoryAccessError:
-                break
+            raw += found
         return raw
 
     def _physical(self, at: _Registers, linear: int) -> int | None:
-        try:
-            return paging.translate(at.sregs, linear, self._machines[0].read_memory)
-        except MemoryAccessError:
-            return None
+        return paging.translate(at.sregs, linear, self._memory[0])
 
     def _accesses(self, code: _Code, before: _Registers) -> Iterator[tuple[int, int, bool]]:
         """The physical page, the offset in it, and whether it is written, of each memory operand that is mapped."""
@@ -442,15 +461,26 @@ class Lockstep:
         return self._last, self._memory_differences()
 
     def _memory_differences(self) -> Values:
-        """Differing 64-bit words, the first few, by their address; A and D bits of page tables may come early."""
+        """Differing 64-bit words, the first few, by their address; not A and D bits of page tables."""
         found: Values = {}
-        mine, theirs = (machine.memory.ram for machine in self._machines)
-        for one, two in zip(mine, theirs, strict=True):
+        tables: frozenset[int] | None = None
+        for one, two in zip(*(machine.memory.ram for machine in self._machines), strict=True):
             words = [region.pages.reshape(-1).view(np.uint64) for region in (one, two)]
-            differing = np.flatnonzero((words[0] ^ words[1]) & np.uint64(~_ACCESSED_DIRTY & (1 << 64) - 1))
-            for at in differing[:4]:
-                found[f"memory[{one.address + int(at) * 8:#x}]"] = int(words[0][at]), int(words[1][at])
+            for at in np.flatnonzero(words[0] ^ words[1]):
+                address, values = one.address + int(at) * 8, (int(words[0][at]), int(words[1][at]))
+                if not (values[0] ^ values[1]) & ~_ACCESSED_DIRTY:
+                    tables = self._tables() if tables is None else tables
+                    if address & -PAGE_SIZE in tables:
+                        continue
+                found[f"memory[{address:#x}]"] = values
+                if len(found) == WORDS:
+                    return found
         return found
+
+    def _tables(self) -> frozenset[int]:
+        """The pages of all VCPUs' page tables."""
+        every = (self._registers(0, vcpu).sregs for vcpu in range(len(self._machines[0].vcpus)))
+        return frozenset().union(*(paging.tables(sregs, self._memory[0]) for sregs in every))
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,6 +513,18 @@ class _Code:
         """The mnemonic, without its prefixes."""
         words = self.text.split()
         return words[1] if len(words) > 1 and (self.repeated or words[0] == "lock") else words[0]
+
+
+def _reader(machine: Machine) -> paging.Read:
+    """Its physical memory, as far as it is there."""
+
+    def read(address: int, size: int) -> bytes:
+        try:
+            return machine.read_memory(address, size)
+        except MemoryAccessError:
+            return b""
+
+    return read
 
 
 def _differences(mine: _Registers, theirs: _Registers) -> Values:

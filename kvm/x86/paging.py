@@ -5,7 +5,7 @@ Only for looking: neither permissions nor accessed and dirty bits matter here, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from kvm.x86.decode import CR0_PE, EFER_LMA
 from kvm.x86.structs import Sregs, Sregs2
@@ -32,6 +32,31 @@ def translate(sregs: Sregs | Sregs2, linear: int, read: Read) -> int | None:
         entry = _entry((sregs.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8, 8, read)
         return _walk64(entry & FRAME, linear, range(21, 11, -9), read) if entry & PRESENT else None
     return _walk32(sregs, linear, read)
+
+
+def tables(sregs: Sregs | Sregs2, read: Read) -> frozenset[int]:
+    """The physical pages in which page tables are looked up that have accessed and dirty bits."""
+    if not (sregs.cr0 & CR0_PG and sregs.cr0 & CR0_PE):
+        return frozenset()
+    size, level, levels_below = 8, {sregs.cr3 & FRAME}, 3
+    if sregs.efer & EFER_LMA:
+        levels_below = 4 if sregs.cr4 & CR4_LA57 else 3
+    elif sregs.cr4 & CR4_PAE:
+        top = [_entry((sregs.cr3 & 0xFFFF_FFE0) + at * 8, 8, read) for at in range(4)]
+        level, levels_below = {entry & FRAME for entry in top if entry & PRESENT}, 1
+    else:
+        size, level, levels_below = 4, {sregs.cr3 & 0xFFFF_F000}, 1
+    found = set(level)
+    for below in range(levels_below, 0, -1):
+        entries = (entry for page in level for entry in _entries(page, size, read))
+        level = {entry & FRAME for entry in entries if entry & PRESENT and not (entry & LARGE and below < 3)}
+        found |= level
+    return frozenset(found)
+
+
+def _entries(table: int, size: int, read: Read) -> Iterator[int]:
+    raw = read(table, 4096)
+    return (int.from_bytes(raw[at : at + size], "little") for at in range(0, len(raw), size))
 
 
 def _entry(address: int, size: int, read: Read) -> int:

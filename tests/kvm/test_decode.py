@@ -155,3 +155,29 @@ def test_32_bit_paging() -> None:
 
 def test_without_paging_linear_is_physical() -> None:
     assert paging.translate(sregs(), 0xFFFFFFF0, Physical({}).read) == 0xFFFFFFF0
+
+
+@pytest.mark.parametrize(
+    ("cr4", "long", "entries", "expected"),
+    [
+        (PAE, 1, {0x1008: 0x2003, 0x2000: 0x3003, 0x2008: 0x83, 0x3000: 0x4003, 0x3008: 0x5083, 0x4000: 0x9003},
+         {0x1000, 0x2000, 0x3000, 0x4000}),
+        (PAE | LA57, 1, {0x1000: 0x2003, 0x2000: 0x3003, 0x3000: 0x4003, 0x4000: 0x5003, 0x5000: 0x9003},
+         {0x1000, 0x2000, 0x3000, 0x4000, 0x5000}),
+        (PAE, 0, {0x1000: 0x2001, 0x1018: 0x3001, 0x1020: 0x7001, 0x2000: 0x4003, 0x3008: 0x83},
+         {0x2000, 0x3000, 0x4000}),
+        (PSE, 0, {0x1000: 0x2003, 0x1008: 0x3083, 0x2000: 0x9003}, {0x1000, 0x2000}),
+    ],
+)  # fmt: skip
+def test_pages_of_page_tables(cr4: int, long: int, entries: dict[int, int], expected: set[int]) -> None:
+    state = long_mode(cr4) if long else sregs(cr0=PE | PG, cr4=cr4, db=1)
+    state.cr3 = 0x1000
+
+    def read(address: int, size: int) -> bytes:
+        return b"".join(entries.get(at, 0).to_bytes(8, "little") for at in range(address, address + size, 8))
+
+    assert paging.tables(state, read) == expected
+
+
+def test_without_paging_there_are_no_tables() -> None:
+    assert paging.tables(sregs(), Physical({}).read) == set()

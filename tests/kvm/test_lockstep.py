@@ -11,7 +11,7 @@ import pytest
 
 from app import guests
 from kvm import lockstep
-from kvm.backends.interface import Exit, System
+from kvm.backends.interface import Exit, ExitKind, System
 from kvm.backends.software.system import SoftwareSystem
 from kvm.boot import loader
 from kvm.boot.image import BootImage, Segment
@@ -286,6 +286,31 @@ def test_a_host_that_does_not_step_at_cpl_3_is_no_difference(reference: System, 
 
 
 @pytest.mark.kvm
+def test_an_instruction_that_this_hosts_kvm_lacks_is_no_difference(reference: System, tmp_path: Path) -> None:
+    image = flat(tmp_path, assembled(SOURCES / "unemulated.S", tmp_path))
+    with pair(image, reference=reference) as both:
+        outcome = both.run(2000)
+    assert outcome.difference is None
+    assert outcome.ended.endswith(("this host's KVM can't emulate it", "the guest ended itself"))
+
+
+def test_what_came_before_a_step_that_leads_apart_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As KVM gives up at the 50th of ``inc eax; jmp back``, after the other has gone wrong at the tenth."""
+    with pair(flat(tmp_path, COUNT, "flat16")) as both:
+        goes_wrong(monkeypatch, both._machines[1], 0, WRONG["xmm3"])
+        step = both._machines[0].step
+
+        def gives_up(which: int | None = None) -> tuple[Exit, ...]:
+            ended = step(which)
+            return (Exit(ExitKind.INTERNAL_ERROR, 1),) if regs_of(both._machines[0]).rax == 50 else ended
+
+        monkeypatch.setattr(both._machines[0], "step", gives_up)
+        outcome = both.run(2000)
+    assert outcome.difference is not None
+    assert (outcome.difference.step, list(outcome.difference.values)) == (2 * WRONG_AT - 1, ["xmm3"])
+
+
+@pytest.mark.kvm
 def test_what_is_the_hosts_is_the_references_for_both(reference: System, tmp_path: Path) -> None:
     source = """
         mov esi, 0x200000
@@ -347,16 +372,19 @@ def test_of_the_cmos_only_the_clock_may_differ(tmp_path: Path) -> None:
 # What differs, is found
 
 
+WRONG_AT = 10
+
+
 def goes_wrong(
     monkeypatch: pytest.MonkeyPatch, machine: Machine, vcpu: int, how: Callable[[Machine, int], None]
 ) -> None:
-    """Each time this VCPU has counted up to 300 in RAX, something else changes, too."""
+    """Each time this VCPU has counted up to WRONG_AT in RAX, something else changes, too."""
     step = machine.step
 
     def wrong(which: int | None = None) -> tuple[Exit, ...]:
         before = regs_of(machine, vcpu).rax
         ended = step(which)
-        if which == vcpu and (before, regs_of(machine, vcpu).rax) == (39, 40):
+        if which == vcpu and (before, regs_of(machine, vcpu).rax) == (WRONG_AT - 1, WRONG_AT):
             how(machine, vcpu)
         return ended
 
@@ -385,19 +413,20 @@ WRONG: dict[str, Callable[[Machine, int], None]] = {
 
 @pytest.mark.parametrize(("name", "vcpu"), [*((name, 1) for name in WRONG), ("rbx", 0), ("memory[0x200000]", 0)])
 def test_it_is_found_at_its_instruction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, vcpu: int) -> None:
-    """``inc eax; jmp back`` on both VCPUs; on one of them the 40th INC does more."""
+    """``inc eax; jmp back`` on both VCPUs; on one of them the tenth INC does more."""
     start = START_AP[:-2] + bytes.fromhex("31 c0 ff c0 eb fc")  # xor eax, eax; inc eax; jmp to it
     image = flat(tmp_path, start)
     image = replace(image, segments=(*image.segments, Segment(AP_ADDRESS, COUNT, len(COUNT))))
     with pair(image, vcpus=2) as both:
         goes_wrong(monkeypatch, both._machines[1], vcpu, WRONG[name])
-        outcome = both.run(250)
+        outcome = both.run(100)
     found = outcome.difference
     assert found is not None
     assert list(found.values) == [name]
     assert found.values[name] == (0, 1)
     assert (found.text, found.vcpu) == ("inc eax", vcpu)
-    assert found.step == (3 + 2 * 80 if vcpu == 0 else 3 + 2 * 79 - 1), "the AP is first, VCPU 0 begins with the XOR"
+    steps = 2 * WRONG_AT - 1
+    assert found.step == (3 + 2 * steps - 1 if vcpu else 3 + 2 * (1 + steps)), "the AP is first, VCPU 0 has the XOR"
     assert outcome.ended == "different"
 
 
@@ -408,6 +437,16 @@ def test_who_halts_in_a_window_does_so_again_when_it_is_gone_through_again(
     image = replace(image, segments=(*image.segments, Segment(AP_ADDRESS, HLT, len(HLT))))
     with pair(image, vcpus=2) as both:
         goes_wrong(monkeypatch, both._machines[1], 0, WRONG["memory[0x200000]"])
-        outcome = both.run(250)
+        outcome = both.run(100)
     assert outcome.difference is not None
-    assert outcome.difference.step == 3 + 2 * 2 + 2 * 39, "the AP's CLI and HLT are among them"
+    assert outcome.difference.step == 3 + 2 * 2 + 2 * (WRONG_AT - 1), "the AP's CLI and HLT are among them"
+
+
+@pytest.mark.parametrize(("address", "differs"), [(0x3040, False), (0x200000, True)])
+def test_bits_that_may_come_early_are_none_only_in_page_tables(tmp_path: Path, address: int, differs: bool) -> None:
+    """The boot tables' entry for 16 MiB, which nothing uses, and other memory with the same bits changed."""
+    with pair(bundled("counter64", tmp_path)) as both:
+        (before,) = both._machines[1].read_memory(address, 1)
+        both._machines[1].write_memory(address, bytes((before ^ 0x60,)))
+        outcome = both.run(20)
+    assert (outcome.difference is not None) is differs
