@@ -9,6 +9,9 @@ from kvm.backends.interface import PAGE_SIZE
 from kvm.errors import ConfigError
 from kvm.x86 import layout
 
+_XAPIC_IDS = 255
+"""0 to 254; 255 means everybody. More would take x2APIC ids (KVM_CAP_X2APIC_API)."""
+
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
@@ -20,7 +23,7 @@ class MachineConfig:
     def check(self, caps: Mapping[str, int]) -> None:
         """Raise ConfigError for a machine that can't be, on a system with these capabilities."""
         # api.rst, 4.7: the recommended number where no other is told, and 4 where none is
-        max_vcpus = caps["KVM_CAP_MAX_VCPUS"] or caps["KVM_CAP_NR_VCPUS"] or 4
+        max_vcpus = min(caps["KVM_CAP_MAX_VCPUS"] or caps["KVM_CAP_NR_VCPUS"] or 4, _XAPIC_IDS)
         if not 1 <= self.vcpus <= max_vcpus:
             raise ConfigError(f"{self.vcpus} VCPUs: this backend can have 1 to {max_vcpus}.")
         if self.memory < layout.MIN_MEMORY or self.memory % PAGE_SIZE:

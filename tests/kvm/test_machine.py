@@ -337,7 +337,7 @@ def test_close_leaves_no_thread(system: System, tmp_path: Path) -> None:
         machine.run()
 
 
-@pytest.mark.parametrize("vcpus", [0, 10_000, -1])
+@pytest.mark.parametrize("vcpus", [0, 256, 10_000, -1])
 def test_impossible_vcpu_counts(system: System, tmp_path: Path, vcpus: int) -> None:
     with pytest.raises(ConfigError, match="VCPUs"):
         build(system, tmp_path, COUNT, vcpus=vcpus)
