@@ -365,10 +365,13 @@ class Machine:
             with self._operation("load a file"):
                 shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
                          "bytes of ROM": len(self.image.rom)}  # fmt: skip
+                fresh = self._fresh
+                if self._ran:  # what the guest was told of its processor stands, wherever it came from
+                    told = [vcpu.copy["cpuid"] for vcpu in self.vcpus]
+                    fresh = [{**each, "cpuid": cpuid} for each, cpuid in zip(fresh, told, strict=True)]
                 state, losses = self.files.fit(
-                    chain, shape, self.table, self.chips.rows, (self._fresh, self._fresh_chips),
-                    ran=self._ran, drop=drop,
-                )  # fmt: skip
+                    chain, shape, self.table, self.chips.rows, (fresh, self._fresh_chips), ran=self._ran, drop=drop
+                )
                 mapped = self.files.map(chain)
                 was_running = self._status.phase is Phase.RUNNING
                 self._take(mapped, state)
@@ -637,7 +640,7 @@ class Machine:
     def _reset_copies(self) -> None:
         """Every copy to its reset value, the BSP then to what the image's format promises at entry."""
         for vcpu, fresh in zip(self.vcpus, self._fresh, strict=True):
-            vcpu.copy.update(reset.reset_state(fresh, vcpu.index))
+            vcpu.copy.update({**reset.reset_state(fresh, vcpu.index), "cpuid": vcpu.copy["cpuid"]})
         bsp = self.vcpus[0].copy
         kind = Sregs2 if self.table.by_name["sregs"].struct is Sregs2 else Sregs
         regs, sregs = Regs.from_buffer_copy(bsp["regs"]), kind.from_buffer_copy(bsp["sregs"])
