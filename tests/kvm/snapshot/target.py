@@ -19,21 +19,23 @@ from unittest.mock import patch
 
 import xxhash
 
+from app import guests
 from app.cli import main
 from kvm.backends.choice import open_system
 from kvm.backends.interface import System
 from kvm.backends.software.system import SoftwareSystem
+from kvm.boot import loader
 from kvm.errors import BackendUnavailable, SnapshotError, VmdeckError
-from kvm.machine import Machine
+from kvm.machine import Machine, MachineConfig
 from kvm.snapshot import chain, diff, notes
 from kvm.snapshot.file import read
 from kvm.snapshot.state import MachineState
-from tests.kvm.machines import COUNT, build
+from tests.kvm.machines import COUNT, build, until
 from tests.kvm.snapshot.crafted import memory_of, rewritten, settled
 from tests.kvm.snapshot.heads import identity, put_together, sealed, taken_apart, write
 from tests.kvm.snapshot.test_convert import NEW, OLD, of
 
-VCPUS, MEMORY = 2, 1 << 20
+VCPUS, MEMORY = 2, 4 << 20
 _SMALL = 4 << 20
 _MOST_VCPUS = 4
 
@@ -80,15 +82,11 @@ class Target:
             heads.append(self._head(rewritten(self.good, lambda draft, copy=copy: draft.update(  # type: ignore[misc]
                 state=type(draft["state"])((copy,) * VCPUS, draft["state"].machine, draft["state"].devices)
             ))))  # fmt: skip
-        try:
+        heads.append(self._busy(self.system))
+        with contextlib.suppress(BackendUnavailable):
             kernel = open_system("kvm")
-        except BackendUnavailable:
-            pass
-        else:
-            with build(kernel, self.folder, COUNT, vcpus=VCPUS, memory=MEMORY) as machine:
-                machine.save_file(self.folder / "kvm")
+            heads.append(self._busy(kernel))
             kernel.close()
-            heads.append(self._head(self.folder / "kvm"))
         repaired = [put_together(parts).rstrip(b"\0") for head in heads if (parts := taken_apart(head))]
         return [bytes([way]) + head for head in repaired for way in range(len(WAYS))]
 
@@ -195,6 +193,16 @@ class Target:
         path.unlink(missing_ok=True)  # a machine may be mapped from it
         write(path, head)
         return path
+
+    def _busy(self, system: System) -> bytes:
+        """Of a machine whose timers, interrupt controllers and serial line are in use."""
+        path = self.folder / "busy"
+        with Machine(system, loader.load(guests.demo(), memory=MEMORY), MachineConfig(VCPUS, MEMORY)) as machine:
+            machine.run()
+            until(lambda: b"ok" in machine.board.serial_console.since(0)[0])
+            machine.board.serial.feed(b"help\r")
+            machine.save_file(path)
+        return self._head(path)
 
     @staticmethod
     def _head(path: Path) -> bytes:

@@ -36,16 +36,16 @@ def test_seeds_are_taken_and_mutations_get_past_the_checksum(target: Target, see
         return bytes(changed[:most])
 
     for seed in seeds:
-        if WAYS[seed[0]] is not Target.build:  # of another host's CPUID: a machine that has run refuses its own
+        if WAYS[seed[0]] is Target.load:
             taken = target.taken
             target(seed)
             assert target.taken == taken + 1
     taken, refused = target.taken, target.refused
-    for _ in range(60):
+    for _ in range(30):
         seed = rng.choice(seeds)
         target(seed[:1] + heads.mutated(seed[1:], 64 << 10, rng, mutate))
-    assert target.taken > taken + 10
-    assert target.refused > refused + 10
+    assert target.taken > taken + 5
+    assert target.refused > refused + 5
 
 
 @pytest.mark.parametrize("fault", ["another error", "a changed machine", "an escape sequence"])
