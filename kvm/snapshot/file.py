@@ -81,9 +81,9 @@ def write(
     delta: Delta | None = None,
     progress: Progress = lambda done, total: None,
     cancel: threading.Event | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[Path], None] = lambda replaced: None,
 ) -> Written:
-    """Write the file; what is at ``path`` stays until all is on the disk. ``check`` may refuse a moment before.
+    """Write the file; what is at ``path`` stays until all is on the disk, when ``check`` may still refuse.
 
     Raises SnapshotError, SnapshotCancelled.
     """

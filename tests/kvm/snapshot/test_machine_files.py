@@ -350,6 +350,41 @@ def test_17_a_file_that_became_the_parent_meanwhile_is_refused_too(system: Syste
         assert memory_in(tmp_path / "a") == memory_of(machine)
 
 
+@pytest.mark.parametrize("how", ["renamed", "hard link", "symlink", "renamed behind a symlink"])
+def test_17_a_file_in_use_that_comes_to_the_target_meanwhile_is_refused(
+    system: System, tmp_path: Path, how: str
+) -> None:
+    """Between the check and the moment at which the new file takes its place."""
+    used, target, link = tmp_path / "used", tmp_path / "target", tmp_path / "link"
+    with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
+        machine.write_memory(MIB, b"x")
+        machine.save_file(used)
+        machine.load_file(used)
+        link.symlink_to(target)
+
+        def meanwhile(done: int, total: int) -> None:
+            if done != total:
+                return
+            match how:
+                case "renamed":
+                    used.rename(target)
+                case "hard link":
+                    target.hardlink_to(used)
+                case "symlink":
+                    target.symlink_to(used)
+                case _:
+                    used.rename(target)
+                    link.unlink()
+                    link.symlink_to(tmp_path / "elsewhere")
+
+        there = used.stat().st_ino
+        with pytest.raises(SnapshotError, match="mapped from it"):
+            machine.save_file(link if "behind" in how else target, progress=meanwhile)
+        assert target.stat().st_ino == there
+        assert memory_in(target) == memory_of(machine)
+        machine.save_file(tmp_path / "other")
+
+
 def test_17_a_whole_save_may_replace_what_nothing_builds_on(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
         for number in range(3):
