@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import json
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,18 +41,17 @@ _MOST_VCPUS = 4
 
 
 class Target:
-    """A machine of the software backend and files around it. A context manager.
+    """A machine of the software backend and files in ``folder``. A context manager.
 
     ``taken`` counts the files that were taken, ``refused`` those that weren't.
     """
 
-    def __init__(self) -> None:
-        fast = Path("/dev/shm")
-        self._folder = tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None)
-        self.folder = Path(self._folder.name)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.system: System = SoftwareSystem()
         self.taken = self.refused = 0
         self._faults: list[str] = []
+        self._excepthook = threading.excepthook
         threading.excepthook = lambda fault: self._faults.append(f"{fault.thread}: {fault.exc_value!r}")
         self.machine = build(self.system, self.folder, COUNT, vcpus=VCPUS, memory=MEMORY)
         self.machine.image = replace(self.machine.image, path="guest.bin")
@@ -73,7 +71,7 @@ class Target:
 
     def __exit__(self, *error: object) -> None:
         self.machine.close()
-        self._folder.cleanup()
+        threading.excepthook = self._excepthook
 
     def seeds(self) -> list[bytes]:
         """Inputs that are taken: files of this backend, of KVM where there is one, of hosts with more and with less."""

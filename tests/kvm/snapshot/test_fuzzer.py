@@ -19,8 +19,8 @@ from tests.kvm.snapshot.target import WAYS, Target
 
 
 @pytest.fixture(scope="module")
-def target() -> Iterator[Target]:
-    with Target() as made:
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    with Target(tmp_path_factory.mktemp("fuzzer")) as made:
         yield made
 
 

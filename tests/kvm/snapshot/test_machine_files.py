@@ -546,6 +546,16 @@ def test_the_demo_saved_on_kvm_goes_on_in_software_and_back(tmp_path: Path) -> N
         opened_chain.verify()
 
 
+@pytest.mark.xfail(strict=True, reason="Machine.load_file frees nothing: the next save does")
+def test_loading_over_and_over_keeps_one_file_mapped(system: System, tmp_path: Path) -> None:
+    """Each mapping is as large as the guest, and a process may have 65,530 of them (vm.max_map_count)."""
+    with build(system, tmp_path, COUNT, memory=2 * MIB) as machine:
+        machine.save_file(tmp_path / "a")
+        for _ in range(5):
+            machine.load_file(tmp_path / "a")
+        assert len(machine._pages.files) == 1
+
+
 @pytest.mark.xfail(strict=True, reason="Machine.load_file compares with a fresh machine's CPUID, not with its own")
 def test_a_machine_from_another_processor_s_file_takes_its_own_files_again(system: System, tmp_path: Path) -> None:
     """Its guest was told of less than this processor can do; it has run, so that stands."""
