@@ -140,7 +140,7 @@ def _sizes(head: bytes) -> tuple[int, int]:
     """The head's and the file's size as its FORMAT note says; the head's own where that can't be."""
     if len(head) >= core.EHDR.size and len(head) >= seal_at(head) + CHECKSUM + 16:
         _, _, size, file_size, *_ = _FORMAT.unpack_from(head, seal_at(head) + 20)
-        if len(head) <= size <= file_size <= _MOST + size and size <= notes.MAX_HEAD:
+        if len(head) <= size <= file_size <= _MOST + size and size <= max(len(head), 1 << 20):
             return size, file_size
     return len(head), len(head)
 
