@@ -601,6 +601,8 @@ class Machine:
             raise
         self.image = mapped.image
         self.files.adopt(mapped)
+        if not self._pages.files <= mapped.sources.keys():
+            self._free_pages()  # files that only what was there before needed
         self._checkpoints.came_from = None
 
     def _file_damaged(self, error: VmdeckError) -> None:

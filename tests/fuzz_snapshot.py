@@ -27,8 +27,8 @@ _LONGEST = 128 << 10
 """Bytes of an input."""
 _SECONDS = 60
 """For one input: past this it hangs."""
-_ROUND = 120
-"""Seconds of a process: atheris 3.0 keeps some 20 to 100 KB for ever of an input's comparisons."""
+_ROUND = 100
+"""Seconds of a process: atheris 3.0 keeps some 20 to 100 KB for ever of an input's comparisons, a GiB in that time."""
 _MEMORY = 64 << 20
 """Bytes, beyond four times the head, that opening a file may take at once (FORMAT.md: 32 MiB, the guest's memory and
 its image, here some MiB at most, twice: a parent and its child)."""
@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> int:
         return 2
     finding = Path("snapshot-finding").absolute()
     end = time.monotonic() + float(arguments[0]) * 60
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(arguments[1] if len(arguments) == 2 else folder).absolute()
+    with tempfile.TemporaryDirectory() as corpus, tempfile.TemporaryDirectory(dir=_fast()) as folder:
+        path = Path(arguments[1] if len(arguments) == 2 else corpus).absolute()
         while True:
             child = os.fork()  # libFuzzer ends its process
             if child == 0:
-                fuzz(min(end - time.monotonic(), _ROUND), path, finding)
+                fuzz(min(end - time.monotonic(), _ROUND), path, finding, Path(folder))
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if code or path.is_file() or time.monotonic() >= end - 1:
                 break
@@ -60,15 +60,15 @@ def main(arguments: list[str]) -> int:
     return 1
 
 
-def fuzz(seconds: float, path: Path, finding: Path) -> None:
-    """Doesn't return."""
+def fuzz(seconds: float, path: Path, finding: Path, folder: Path) -> None:
+    """Doesn't return. ``folder`` is for the files that the inputs become."""
     import atheris
 
     with atheris.instrument_imports(include=_INSTRUMENTED, enable_loader_override=False):
         from tests.kvm.snapshot import heads
         from tests.kvm.snapshot.target import Target
 
-    target = Target()
+    target = Target(folder)
     seeds = target.seeds()
     for number, seed in enumerate(seeds):
         target(seed)
@@ -91,11 +91,17 @@ def fuzz(seconds: float, path: Path, finding: Path) -> None:
 
     atheris.Setup(
         [sys.argv[0], str(path), f"-max_total_time={max(1, round(seconds))}", f"-max_len={_LONGEST}",
-         f"-timeout={_SECONDS}", f"-exact_artifact_path={finding}", "-print_final_stats=1"],
+         f"-timeout={_SECONDS}", f"-exact_artifact_path={finding}", "-print_final_stats=1",
+         "-rss_limit_mb=0"],
         one,
         custom_mutator=mutator,
     )  # fmt: skip
     atheris.Fuzz()
+
+
+def _fast() -> str | None:
+    """A folder in memory, where there is one: fsync costs nothing there."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def _memory(what: str) -> int:

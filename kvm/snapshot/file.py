@@ -21,8 +21,10 @@ import xxhash
 from kvm.backends.interface import PAGE_SIZE
 from kvm.boot.image import BootImage
 from kvm.errors import SnapshotCancelled, SnapshotError
+from kvm.host_memory import anonymous
 from kvm.snapshot import core, notes
 from kvm.snapshot.contents import SOURCE_SHIFT, Contents, Index, PageArray
+from kvm.snapshot.core import Extent
 from kvm.snapshot.notes import CHUNK, Damaged, Draft, Head, Parent, StoredImage
 from kvm.snapshot.replace import FileKey, StrPath, file_key, replacing
 from kvm.snapshot.state import MachineState
@@ -83,9 +85,9 @@ def write(
     delta: Delta | None = None,
     progress: Progress = lambda done, total: None,
     cancel: threading.Event | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[Path], None] = lambda replaced: None,
 ) -> Written:
-    """Write the file; what is at ``path`` stays until all is on the disk. ``check`` may refuse a moment before.
+    """Write the file; what is at ``path`` stays until all is on the disk, when ``check`` may still refuse.
 
     Raises SnapshotError, SnapshotCancelled.
     """
@@ -254,19 +256,37 @@ class SnapshotFile:
         return np.frombuffer(mapping, np.uint8).reshape(-1, PAGE_SIZE)
 
     def ram(self) -> list[mmap.mmap]:
-        """The RAM ranges, each mapped privately: pages are read as they're touched, writes stay in memory."""
-        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        """The RAM ranges, each mapped privately: pages are read as they're touched, writes stay in memory.
+
+        Copied where that could fail as the guest runs.
+        """
         ranges = {address for address, _ in layout.ram(self.head.memory)}
+        extents = [extent for extent in self.head.extents if extent.address in ranges]
+        if _holes_take_space(self._fd):
+            return [self._copied(extent) for extent in extents]
+        flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
         try:
             return [
-                mmap.mmap(
-                    self._fd, extent.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=extent.offset
-                )
-                for extent in self.head.extents
-                if extent.address in ranges
+                mmap.mmap(self._fd, extent.size, flags=flags, prot=protection, offset=extent.offset)
+                for extent in extents
             ]
         except (OSError, ValueError) as error:
             raise SnapshotError(f"Can't map {self.path}: {error}. Copy it to a local disk.") from error
+
+    def _copied(self, extent: Extent) -> mmap.mmap:
+        """Its stored pages in anonymous memory."""
+        try:
+            memory = anonymous(extent.size)
+        except (OSError, OverflowError) as error:
+            raise SnapshotError(f"No memory for {self.path}: {error}. Close something else, and try again.") from error
+        first = (extent.offset - self.head.size) // PAGE_SIZE
+        for start, stop in self.stored():
+            start, stop = max(start - first, 0), min(stop - first, extent.size // PAGE_SIZE)
+            if start < stop:
+                view = memoryview(memory)[start * PAGE_SIZE : stop * PAGE_SIZE]
+                self._read_into(view, extent.offset + start * PAGE_SIZE)
+        return memory
 
     def stored(self) -> list[tuple[int, int]]:
         """The pages, counted from the head's end, that aren't known to be zero without reading: (first, end) ranges."""
@@ -343,6 +363,17 @@ class SnapshotFile:
             if extent.offset <= offset < extent.offset + extent.size:
                 return f"guest memory from {extent.address + offset - extent.offset:#x} (file offset {offset:#x})"
         return f"the guest's image (file offset {offset:#x})"
+
+
+def _holes_take_space(fd: int) -> bool:
+    """Is it on a tmpfs? A hole that is read through a mapping gets a page there; on a full one the reader SIGBUS."""
+    device = os.fstat(fd).st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(mount.split()[2] == number and " - tmpfs " in mount for mount in mounts)
 
 
 def read(path: StrPath) -> SnapshotFile:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -106,9 +107,9 @@ class MachineFiles:
             named = Parent(parent.identity, parent_path(path, parent.path))
             delta = Delta(named, np.flatnonzero(index != parent.index), rom != parent.rom)
 
-        def still_allowed() -> None:
+        def still_allowed(replaced: Path) -> None:
             with lock:
-                self.check_target(path, incremental=parent is not None)
+                self.check_target(replaced, incremental=parent is not None)
 
         written = write(path, snapshot, delta=delta, progress=progress, cancel=cancel, check=still_allowed)
         with lock:

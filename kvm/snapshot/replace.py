@@ -43,8 +43,9 @@ def target(path: StrPath) -> Path:
 
 
 @contextmanager
-def replacing(path: StrPath, check: Callable[[], None]) -> Iterator[int]:
-    """An fd to write to; at the block's end the file takes ``path``'s place, after ``check`` has had a last look.
+def replacing(path: StrPath, check: Callable[[Path], None]) -> Iterator[int]:
+    """An fd to write to; at the block's end the file takes ``path``'s place, after ``check`` has had a last look there:
+    at where ``path`` led in the beginning, links followed.
 
     An exception in the block leaves what was at ``path``, and nothing else. An OSError comes out as SnapshotError.
     """
@@ -60,7 +61,7 @@ def replacing(path: StrPath, check: Callable[[], None]) -> Iterator[int]:
     try:
         yield fd
         os.fsync(fd)
-        check()
+        check(real)
         if temporary is None:
             name = _name(real)
             # A folder's fd, unused as both names are absolute, makes Python call linkat, which follows /proc's link.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from kvm.backends.interface import ExitKind, System
 from kvm.errors import ConfigError, MachineError, MemoryAccessError
 from kvm.machine import Activity, Machine, MachineConfig, Phase
-from kvm.x86.structs import Regs, Sregs
+from kvm.x86.structs import PitState2, Regs, Sregs
 from tests.kvm.machines import COUNT, EXIT_7, HLT, ORIGIN, ORIGIN_32, OUT_80, RESET_8042, TRIPLE_FAULT, build, until
 
 
@@ -277,6 +278,18 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(system: System, tmp_
         time = {"msrs_reset", "tsc_offset", "lapic"}
         for before_load, after in zip(state.vcpus, again.vcpus, strict=True):
             assert {name for name, raw in after.items() if raw != before_load[name]} <= time
+
+
+def test_a_timer_s_count_of_zero_is_65536(system: System, tmp_path: Path) -> None:
+    """As a snapshot may have it: KVM divided by it once (CVE-2015-7513)."""
+    with build(system, tmp_path, COUNT) as machine:
+        state = machine.save()
+        pit = PitState2.from_buffer_copy(state.machine["pit"])
+        for channel in pit.channels:
+            channel.mode, channel.count = 2, 0
+        machine.load(replace(state, machine={**state.machine, "pit": bytes(pit)}))
+        loaded = PitState2.from_buffer_copy(machine.save().machine["pit"])
+        assert [channel.count for channel in loaded.channels] == [0x10000] * 3
 
 
 def test_a_device_that_breaks_stops_the_machine_and_not_its_thread(

@@ -37,6 +37,8 @@ class Pit:
 
     def load(self, raw: bytes) -> None:
         self._state = PitState2.from_buffer_copy(raw)
+        for channel in self._state.channels:
+            channel.count = channel.count or 0x10000  # as the hardware reads it, and KVM since CVE-2015-7513
         self.schedule()
 
     def _elapsed(self, number: int) -> int:

@@ -349,7 +349,7 @@ def do_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def post(vcpu: Vcpu, work: Callable[[], Any]) -> Reply[Any]:
         if vcpu.running or work in (vcpu._resume, vcpu._stop, vcpu._step):
             return real(vcpu, work)
-        reply: Reply[Any] = Reply(vcpu.index)
+        reply: Reply[Any] = Reply(vcpu.index, vcpu.fd.bell())
         result = work()
         reply.deliver(lambda: result)
         return reply

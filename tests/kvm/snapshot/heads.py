@@ -140,7 +140,7 @@ def _sizes(head: bytes) -> tuple[int, int]:
     """The head's and the file's size as its FORMAT note says; the head's own where that can't be."""
     if len(head) >= core.EHDR.size and len(head) >= seal_at(head) + CHECKSUM + 16:
         _, _, size, file_size, *_ = _FORMAT.unpack_from(head, seal_at(head) + 20)
-        if len(head) <= size <= file_size <= _MOST + size and size <= notes.MAX_HEAD:
+        if len(head) <= size <= file_size <= _MOST + size and size <= max(len(head), 1 << 20):
             return size, file_size
     return len(head), len(head)
 
@@ -182,11 +182,14 @@ def mutated(head: bytes, most: int, rng: random.Random, mutate: Mutate) -> bytes
 
 
 def _a_note(parts: Parts, rng: random.Random, mutate: Mutate) -> None:
-    """By its type: most of a head's bytes are the XSAVE areas of its substates."""
+    """By its type and name: most of a head's bytes are the XSAVE areas of its substates."""
     kind = rng.choice([notes.CONFIG, notes.LABEL, notes.SUBSTATE, notes.SUBSTATE, notes.SUBSTATE, notes.DEVICE])
-    places = [place for place, (owner, this, _) in enumerate(parts.notes) if (owner, this) == (notes.OWNER, kind)]
-    if places:
-        place = rng.choice(places)
+    named: dict[bytes, list[int]] = {}
+    for place, (owner, this, payload) in enumerate(parts.notes):
+        if (owner, this) == (notes.OWNER, kind):
+            named.setdefault(payload[4:28] if kind == notes.SUBSTATE else payload[:32], []).append(place)
+    if named:
+        place = rng.choice(named[rng.choice(list(named))])
         owner, kind, payload = parts.notes[place]
         parts.notes[place] = owner, kind, _PAYLOADS[kind](payload, rng, mutate)
 

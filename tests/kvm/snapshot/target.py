@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import json
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,38 +18,40 @@ from unittest.mock import patch
 
 import xxhash
 
+from app import guests
 from app.cli import main
 from kvm.backends.choice import open_system
 from kvm.backends.interface import System
 from kvm.backends.software.system import SoftwareSystem
+from kvm.boot import loader
 from kvm.errors import BackendUnavailable, SnapshotError, VmdeckError
-from kvm.machine import Machine
+from kvm.machine import Machine, MachineConfig
 from kvm.snapshot import chain, diff, notes
 from kvm.snapshot.file import read
 from kvm.snapshot.state import MachineState
-from tests.kvm.machines import COUNT, build
+from kvm.x86.structs import MP_STATE_RUNNABLE, MpState
+from tests.kvm.machines import COUNT, build, until
 from tests.kvm.snapshot.crafted import memory_of, rewritten, settled
 from tests.kvm.snapshot.heads import identity, put_together, sealed, taken_apart, write
 from tests.kvm.snapshot.test_convert import NEW, OLD, of
 
-VCPUS, MEMORY = 2, 1 << 20
+VCPUS, MEMORY = 2, 2 << 20
 _SMALL = 4 << 20
 _MOST_VCPUS = 4
 
 
 class Target:
-    """A machine of the software backend and files around it. A context manager.
+    """A machine of the software backend and files in ``folder``. A context manager.
 
     ``taken`` counts the files that were taken, ``refused`` those that weren't.
     """
 
-    def __init__(self) -> None:
-        fast = Path("/dev/shm")
-        self._folder = tempfile.TemporaryDirectory(dir=fast if fast.is_dir() else None)
-        self.folder = Path(self._folder.name)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.system: System = SoftwareSystem()
         self.taken = self.refused = 0
         self._faults: list[str] = []
+        self._excepthook = threading.excepthook
         threading.excepthook = lambda fault: self._faults.append(f"{fault.thread}: {fault.exc_value!r}")
         self.machine = build(self.system, self.folder, COUNT, vcpus=VCPUS, memory=MEMORY)
         self.machine.image = replace(self.machine.image, path="guest.bin")
@@ -70,7 +71,7 @@ class Target:
 
     def __exit__(self, *error: object) -> None:
         self.machine.close()
-        self._folder.cleanup()
+        threading.excepthook = self._excepthook
 
     def seeds(self) -> list[bytes]:
         """Inputs that are taken: files of this backend, of KVM where there is one, of hosts with more and with less."""
@@ -80,15 +81,11 @@ class Target:
             heads.append(self._head(rewritten(self.good, lambda draft, copy=copy: draft.update(  # type: ignore[misc]
                 state=type(draft["state"])((copy,) * VCPUS, draft["state"].machine, draft["state"].devices)
             ))))  # fmt: skip
-        try:
+        heads.append(self._busy(self.system))
+        with contextlib.suppress(BackendUnavailable):
             kernel = open_system("kvm")
-        except BackendUnavailable:
-            pass
-        else:
-            with build(kernel, self.folder, COUNT, vcpus=VCPUS, memory=MEMORY) as machine:
-                machine.save_file(self.folder / "kvm")
+            heads.append(self._busy(kernel))
             kernel.close()
-            heads.append(self._head(self.folder / "kvm"))
         repaired = [put_together(parts).rstrip(b"\0") for head in heads if (parts := taken_apart(head))]
         return [bytes([way]) + head for head in repaired for way in range(len(WAYS))]
 
@@ -110,15 +107,23 @@ class Target:
     # The ways
 
     def load(self, path: Path, head: bytes) -> None:
-        """Into the machine; what it takes it can execute, save and load."""
+        """Into the machine."""
         try:
             self.machine.load_file(path, drop=True, verify=True)
         except VmdeckError:
             self._unchanged()
             raise
-        self._goes_on(self.machine, path)
         self.machine.load_file(self.good, verify=True)
         self._settle()
+
+    def live(self, path: Path, head: bytes) -> None:
+        """What the machine takes it can execute, save and load."""
+        self.machine.load_file(path, drop=True)
+        try:
+            self._goes_on(self.machine, path)
+        finally:
+            self.machine.load_file(self.good, verify=True)
+            self._settle()
 
     def load_child(self, path: Path, head: bytes) -> None:
         """As the parent of another."""
@@ -166,7 +171,11 @@ class Target:
     # What must hold
 
     def _goes_on(self, machine: Machine, path: Path) -> None:
-        machine.step(0)
+        if MpState.from_buffer_copy(machine.save().vcpus[0]["mp_state"]).mp_state == MP_STATE_RUNNABLE:
+            machine.step(0)
+        else:  # a step would wait for it
+            machine.run()
+            machine.pause()
         memory, state = memory_of(machine), machine.save()
         saved = path.with_name("saved.vmdeck")
         machine.save_file(saved, incremental=True)
@@ -196,6 +205,16 @@ class Target:
         write(path, head)
         return path
 
+    def _busy(self, system: System) -> bytes:
+        """Of a machine whose timers, interrupt controllers and serial line are in use."""
+        path = self.folder / "busy"
+        with Machine(system, loader.load(guests.demo(), memory=MEMORY), MachineConfig(VCPUS, MEMORY)) as machine:
+            machine.run()
+            until(lambda: b"ok" in machine.board.serial_console.since(0)[0])
+            machine.board.serial.feed(b"help\r")
+            machine.save_file(path)
+        return self._head(path)
+
     @staticmethod
     def _head(path: Path) -> bytes:
         with read(path) as file, open(path, "rb") as raw:
@@ -207,4 +226,6 @@ def _comparable(state: MachineState) -> tuple[object, ...]:
     return settled(replace(state, vcpus=tuple({**copy, "cpuid": b""} for copy in state.vcpus)))
 
 
-WAYS: tuple[Callable[[Target, Path, bytes], None], ...] = (Target.load, Target.load_child, Target.build, Target.look)
+WAYS: tuple[Callable[[Target, Path, bytes], None], ...] = (
+    Target.load, Target.live, Target.load_child, Target.build, Target.look,
+)  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 
 from app import guests
 from kvm.backends.interface import System
+from kvm.backends.software.system import SoftwareSystem
 from kvm.boot import loader
 from kvm.errors import SnapshotError, SnapshotMismatch
 from kvm.host_memory import touched
@@ -22,10 +23,10 @@ from kvm.snapshot import chain
 from kvm.snapshot.file import read
 from kvm.vcpu import Reply
 from kvm.x86 import layout
-from kvm.x86.structs import MpState, Regs
+from kvm.x86.structs import MpState, Regs, pack_cpuid, unpack_cpuid
 from tests.kvm.contract.lab import tsc_distances
 from tests.kvm.machines import COUNT, HLT, OUT_80, build, until
-from tests.kvm.snapshot.crafted import memory_in, memory_of, settled, without_substate
+from tests.kvm.snapshot.crafted import memory_in, memory_of, settled, with_substate, without_substate
 from tests.kvm.test_demo_machine import Serial, assert_healthy, demo
 
 MIB = 1 << 20
@@ -362,6 +363,41 @@ def test_17_a_file_that_became_the_parent_meanwhile_is_refused_too(system: Syste
         assert memory_in(tmp_path / "a") == memory_of(machine)
 
 
+@pytest.mark.parametrize("how", ["renamed", "hard link", "symlink", "renamed behind a symlink"])
+def test_17_a_file_in_use_that_comes_to_the_target_meanwhile_is_refused(
+    system: System, tmp_path: Path, how: str
+) -> None:
+    """Between the check and the moment at which the new file takes its place."""
+    used, target, link = tmp_path / "used", tmp_path / "target", tmp_path / "link"
+    with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
+        machine.write_memory(MIB, b"x")
+        machine.save_file(used)
+        machine.load_file(used)
+        link.symlink_to(target)
+
+        def meanwhile(done: int, total: int) -> None:
+            if done != total:
+                return
+            match how:
+                case "renamed":
+                    used.rename(target)
+                case "hard link":
+                    target.hardlink_to(used)
+                case "symlink":
+                    target.symlink_to(used)
+                case _:
+                    used.rename(target)
+                    link.unlink()
+                    link.symlink_to(tmp_path / "elsewhere")
+
+        there = used.stat().st_ino
+        with pytest.raises(SnapshotError, match="mapped from it"):
+            machine.save_file(link if "behind" in how else target, progress=meanwhile)
+        assert target.stat().st_ino == there
+        assert memory_in(target) == memory_of(machine)
+        machine.save_file(tmp_path / "other")
+
+
 def test_17_a_whole_save_may_replace_what_nothing_builds_on(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, memory=4 * MIB) as machine:
         for number in range(3):
@@ -395,46 +431,51 @@ WRITE_HIGH_AND_LOW = bytes.fromhex("48 bf 00 50 00 00 01 00 00 00  c6 07 5a  c6 
 
 
 @pytest.fixture
-def two_slots(tmp_path: Path) -> Iterator[Machine]:
-    from kvm.backends.kernel.system import KernelSystem
-
-    system = KernelSystem()
+def two_slots(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """RAM below the MMIO hole and above it. The hole begins early in software, where each page is compared."""
+    if isinstance(system, SoftwareSystem):
+        monkeypatch.setattr(layout, "MMIO_HOLE", 4 * MIB)
     memory = layout.MMIO_HOLE + 4 * MIB
     with build(system, tmp_path, WRITE_HIGH_AND_LOW, memory=memory, format="flat64") as machine:
         # One more page directory, for 4 GiB to 5 GiB: a large page at its beginning.
         machine.write_memory(layout.BOOT_PDPT + 4 * 8, (0x8000 | 0x23).to_bytes(8, "little"))
         machine.write_memory(0x8000, (layout.HIGH_RAM | 0xE3).to_bytes(8, "little"))
         yield machine
-    system.close()
 
 
-@pytest.mark.kvm
-def test_16_pages_of_both_slots_come_back_to_their_own_addresses(two_slots: Machine, tmp_path: Path) -> None:
-    """FACTS 5, bug 16 (Firecracker #5705): RAM goes on above the MMIO hole, in a slot of its own."""
-    machine = two_slots
-    machine.save_file(tmp_path / "base")
+def write_in_both_slots(machine: Machine, folder: Path) -> set[int]:
+    """A base, what the guest and the host write, and a delta; the addresses of the pages in it."""
+    machine.save_file(folder / "base")
     machine.run()
     until(lambda: machine.read_memory(HIGH, 1) == b"\x5a" and machine.read_memory(LOW, 1) == b"\xa5")
     machine.pause()
     machine.write_memory(HIGH + 4096, b"by the host")
-    machine.save_file(tmp_path / "delta", incremental=True)
-    with read(tmp_path / "delta") as file:
-        stored = {address for extent in file.head.extents for address in range(extent.address, extent.end, 4096)}
+    machine.save_file(folder / "delta", incremental=True)
+    with read(folder / "delta") as file:
+        return {address for extent in file.head.extents for address in range(extent.address, extent.end, 4096)}
+
+
+def loaded(machine: Machine, path: Path) -> bytes:
+    machine.load_file(path)
+    return machine.read_memory(HIGH, 1) + machine.read_memory(LOW, 1) + machine.read_memory(HIGH + 4096, 11)
+
+
+def test_16_pages_of_both_slots_come_back_to_their_own_addresses(two_slots: Machine, tmp_path: Path) -> None:
+    """FACTS 5, bug 16 (Firecracker #5705): RAM goes on above the MMIO hole, in a slot of its own."""
+    stored = write_in_both_slots(two_slots, tmp_path)
     assert {HIGH, HIGH + 4096, LOW} <= stored
     assert len(stored) < 16, "page tables and the code at most"
-    machine.load_file(tmp_path / "base")
-    assert machine.read_memory(HIGH, 1) + machine.read_memory(LOW, 1) == bytes(2)
-    machine.load_file(tmp_path / "delta")
-    assert machine.read_memory(HIGH, 1) + machine.read_memory(LOW, 1) == b"\x5a\xa5"
-    assert machine.read_memory(HIGH + 4096, 11) == b"by the host"
+    assert loaded(two_slots, tmp_path / "base") == bytes(13)
+    assert loaded(two_slots, tmp_path / "delta") == b"\x5a\xa5by the host"
 
 
-@pytest.mark.kvm
-def test_16_control_a_page_number_is_not_an_address(two_slots: Machine, tmp_path: Path) -> None:
-    """Without the hole taken into account the high page would go to another address."""
-    page = chain.page_number(two_slots.config.memory, HIGH)
-    assert page is not None
-    assert page * 4096 != HIGH == chain.page_address(two_slots.config.memory, page)
+def test_16_control_a_slot_s_page_number_is_not_the_machine_s(
+    two_slots: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if each slot's dirty log began at page 0: what is above the hole is lost."""
+    two_slots.checkpoint()
+    monkeypatch.setattr(two_slots.memory.ram[1], "first_page", 0)
+    assert HIGH not in write_in_both_slots(two_slots, tmp_path)
 
 
 # From one backend to the other
@@ -443,7 +484,6 @@ def test_16_control_a_page_number_is_not_an_address(two_slots: Machine, tmp_path
 @pytest.fixture(params=["kvm to software", "software to kvm"])
 def way(request: pytest.FixtureRequest) -> Iterator[tuple[System, System]]:
     from kvm.backends.kernel.system import KernelSystem
-    from kvm.backends.software.system import SoftwareSystem
 
     with closing(KernelSystem()) as kernel, closing(SoftwareSystem()) as software:
         yield (kernel, software) if request.param == "kvm to software" else (software, kernel)
@@ -491,7 +531,6 @@ def test_a_guest_goes_on_on_the_other_backend(way: tuple[System, System], tmp_pa
 def test_the_demo_saved_on_kvm_goes_on_in_software_and_back(tmp_path: Path) -> None:
     """A chain whose generations are the two backends' in turn."""
     from kvm.backends.kernel.system import KernelSystem
-    from kvm.backends.software.system import SoftwareSystem
 
     def goes_on(machine: Machine, expected: list[bytes], path: Path) -> list[bytes]:
         """The lines that it prints after it's saved to ``path``."""
@@ -518,6 +557,32 @@ def test_the_demo_saved_on_kvm_goes_on_in_software_and_back(tmp_path: Path) -> N
     with chain.open_chain(tmp_path / "2") as opened_chain:
         assert len(opened_chain.files) == 3
         opened_chain.verify()
+
+
+def test_loading_over_and_over_keeps_one_file_mapped(system: System, tmp_path: Path) -> None:
+    """Each mapping is as large as the guest, and a process may have 65,530 of them (vm.max_map_count)."""
+    with build(system, tmp_path, COUNT, memory=2 * MIB) as machine:
+        machine.save_file(tmp_path / "a")
+        for _ in range(5):
+            machine.load_file(tmp_path / "a")
+        assert len(machine._pages.files) == 1
+
+
+def test_a_machine_from_another_processor_s_file_takes_its_own_files_again(system: System, tmp_path: Path) -> None:
+    """Its guest was told of less than this processor can do; it has run, so that stands."""
+    with build(system, tmp_path, COUNT, memory=2 * MIB) as machine:
+        entries = unpack_cpuid(machine.save().vcpus[0]["cpuid"])
+        machine.save_file(tmp_path / "a.vmdeck")
+    for entry in entries:
+        if entry.function == 1:
+            entry.ecx &= entry.ecx - 1  # the lowest that it has
+    opened, losses = Machine.from_file(system, with_substate(tmp_path / "a.vmdeck", 0, "cpuid", pack_cpuid(entries)))
+    with opened:
+        assert losses == ()
+        opened.step(0)
+        opened.reset()
+        opened.save_file(tmp_path / "own.vmdeck")
+        assert opened.load_file(tmp_path / "own.vmdeck") == ()
 
 
 def test_an_index_says_which_pages_are_zero_without_reading_them(system: System, tmp_path: Path) -> None:
