@@ -123,6 +123,16 @@ static struct kvm_sregs2 sregs;
 static struct kvm_lapic_state lapic;
 static struct kvm_debugregs debugregs;
 
+static uint64_t tsc_offset;
+static struct kvm_device_attr offset_attribute = { .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET };
+static int has_offsets;
+
+static void find_offsets(void)
+{
+	offset_attribute.addr = (uintptr_t)&tsc_offset;
+	has_offsets = ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_VCPU_ATTRIBUTES) > 0;
+}
+
 static void get(int fd)
 {
 	CALL(fd, KVM_GET_VCPU_EVENTS, &events);
@@ -133,6 +143,8 @@ static void get(int fd)
 	CALL(fd, KVM_GET_SREGS2, &sregs);
 	CALL(fd, KVM_GET_MSRS, &msrs);
 	CALL(fd, KVM_GET_MSRS, &reset_msrs);
+	if (has_offsets)
+		CALL(fd, KVM_GET_DEVICE_ATTR, &offset_attribute);
 	CALL(fd, KVM_GET_LAPIC, &lapic);
 	if (deadline.head.nmsrs)
 		CALL(fd, KVM_GET_MSRS, &deadline);
@@ -149,6 +161,8 @@ static void put(int fd)
 	CALL(fd, KVM_SET_LAPIC, &lapic);
 	CALL(fd, KVM_SET_MSRS, &msrs);
 	CALL(fd, KVM_SET_MSRS, &reset_msrs);
+	if (has_offsets)
+		CALL(fd, KVM_SET_DEVICE_ATTR, &offset_attribute);
 	CALL(fd, KVM_SET_VCPU_EVENTS, &events);
 	CALL(fd, KVM_SET_MP_STATE, &mp_state);
 	if (deadline.head.nmsrs)
@@ -156,17 +170,28 @@ static void put(int fd)
 	CALL(fd, KVM_SET_DEBUGREGS, &debugregs);
 }
 
+/* Before a put of all VCPUs: what the first one's TSC is now, from which all offsets follow. */
+static void put_all(int count)
+{
+	if (has_offsets) {
+		CALL(vcpus[0], KVM_GET_MSRS, &reset_msrs);
+		CALL(vcpus[0], KVM_GET_DEVICE_ATTR, &offset_attribute);
+	}
+	for (int i = 0; i < count; i++)
+		put(vcpus[i]);
+}
+
 static void hooks(int count)
 {
 	static double gets[ROUNDS], puts[ROUNDS];
 	build(count);
+	find_offsets();
 	for (int round = 0; round < ROUNDS; round++) {
 		double start = now();
 		for (int i = 0; i < count; i++)
 			get(vcpus[i]);
 		double between = now();
-		for (int i = 0; i < count; i++)
-			put(vcpus[i]);
+		put_all(count);
 		puts[round] = now() - between;
 		gets[round] = between - start;
 	}
@@ -275,8 +300,7 @@ static double pages(int count, uint32_t dirty)
 		double start = now();
 		go_back(bitmap);
 		put_machine();
-		for (int i = 0; i < count; i++)
-			put(vcpus[i]);
+		put_all(count);
 		whole[round] = now() - start;
 	}
 	return median(count ? whole : times, 101);
@@ -292,6 +316,7 @@ int main(int argc, char **argv)
 		pio();
 	else if (!strcmp(what, "pages") || (!strcmp(what, "restore") && count >= 1 && count <= MAX_VCPUS)) {
 		build(count ? count : 1);
+		find_offsets();
 		double few = pages(count, 10);
 		printf("{\"10\": %.2f, \"1000\": %.2f}\n", few, pages(count, 1000));
 	} else {
