@@ -127,6 +127,16 @@ static struct kvm_sregs2 sregs;
 static struct kvm_lapic_state lapic;
 static struct kvm_debugregs debugregs;
 
+static uint64_t tsc_offset;
+static struct kvm_device_attr offset_attribute = { .group = KVM_VCPU_TSC_CTRL, .attr = KVM_VCPU_TSC_OFFSET };
+static int has_offsets;
+
+static void find_offsets(void)
+{
+	offset_attribute.addr = (uintptr_t)&tsc_offset;
+	has_offsets = ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_VCPU_ATTRIBUTES) > 0;
+}
+
 static void get(int fd)
 {
 	CALL(fd, KVM_GET_VCPU_EVENTS, &events);
@@ -137,6 +147,8 @@ static void get(int fd)
 	CALL(fd, KVM_GET_SREGS2, &sregs);
 	CALL(fd, KVM_GET_MSRS, &msrs);
 	CALL(fd, KVM_GET_MSRS, &reset_msrs);
+	if (has_offsets)
+		CALL(fd, KVM_GET_DEVICE_ATTR, &offset_attribute);
 	CALL(fd, KVM_GET_LAPIC, &lapic);
 	if (deadline.head.nmsrs)
 		CALL(fd, KVM_GET_MSRS, &deadline);
@@ -153,6 +165,8 @@ static void put(int fd)
 	CALL(fd, KVM_SET_LAPIC, &lapic);
 	CALL(fd, KVM_SET_MSRS, &msrs);
 	CALL(fd, KVM_SET_MSRS, &reset_msrs);
+	if (has_offsets)
+		CALL(fd, KVM_SET_DEVICE_ATTR, &offset_attribute);
 	CALL(fd, KVM_SET_VCPU_EVENTS, &events);
 	CALL(fd, KVM_SET_MP_STATE, &mp_state);
 	if (deadline.head.nmsrs)
@@ -160,15 +174,26 @@ static void put(int fd)
 	CALL(fd, KVM_SET_DEBUGREGS, &debugregs);
 }
 
+/* Before a put of all VCPUs: what the first one's TSC is now, from which all offsets follow. */
+static void read_tsc(void)
+{
+	if (has_offsets) {
+		CALL(vcpus[0], KVM_GET_MSRS, &reset_msrs);
+		CALL(vcpus[0], KVM_GET_DEVICE_ATTR, &offset_attribute);
+	}
+}
+
 static void hooks(int count)
 {
 	static double gets[ROUNDS], puts[ROUNDS];
 	build(count);
+	find_offsets();
 	for (int round = 0; round < ROUNDS; round++) {
 		double start = now();
 		for (int i = 0; i < count; i++)
 			get(vcpus[i]);
 		double between = now();
+		read_tsc();
 		for (int i = 0; i < count; i++)
 			put(vcpus[i]);
 		puts[round] = now() - between;
@@ -328,6 +353,7 @@ static double pages(int count, uint32_t dirty, void (*on_all)(int, work_on *))
 		go_back(bitmap);
 		if (count) {
 			put_machine();
+			read_tsc();
 			on_all(count, put);
 		}
 		times[round] = now() - start;
@@ -345,6 +371,7 @@ static double loop(uint32_t dirty)
 		double start = now();
 		go_back(bitmap);
 		put_machine();
+		read_tsc();
 		put(vcpus[0]);
 		memcpy(ram + 0x8000, input, sizeof input);
 		CALL(vcpus[0], KVM_RUN, 0);
@@ -368,12 +395,14 @@ int main(int argc, char **argv)
 		void (*on_all)(int, work_on *) = what[0] == 't' ? on_threads : here;
 
 		build(count ? count : 1);
+		find_offsets();
 		if (what[0] == 't')
 			start_threads(count);
 		double few = pages(count, 10, on_all), many = pages(count, 1000, on_all);
 		printf("{\"10\": %.2f, \"1000\": %.2f, \"all\": %.2f}\n", few, many, pages(count, ALL_PAGES, on_all));
 	} else if (!strcmp(what, "loop") && count >= 1 && count <= 1000) {
 		build(1);
+		find_offsets();
 		printf("{\"execution\": %.2f}\n", loop(count));
 	} else {
 		fprintf(stderr, "usage: floor hooks VCPUS | pio | pages | restore VCPUS | threads VCPUS | loop PAGES\n");

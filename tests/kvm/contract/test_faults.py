@@ -557,7 +557,7 @@ def test_a_vcpu_that_stops_all_does_not_stop_those_resumed_meanwhile(
 
     def slow_stop(vcpu: Vcpu) -> Reply[int]:
         if vcpu.index == 0 and threading.current_thread().name == "vcpu1":
-            ran_on.wait(0.3)  # the machine must not let it come so far: then this is how long it takes
+            ran_on.wait(0.1)  # the machine must not let it come so far: then this is how long it takes
         return real(vcpu)
 
     monkeypatch.setattr(Vcpu, "stop", slow_stop)
