@@ -247,7 +247,7 @@ class Machine:
         """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
         with self._operation("checkpoint", whole=True):
             was_running = self._status.phase is Phase.RUNNING
-            ahead = self._take_ahead()
+            ahead = self._get_ready()
             state = self._save(self._stop_all())
             index, pages = self._take_pages()
             checkpoint = self._checkpoints.add(name, state, index, ahead + pages)
@@ -324,7 +324,7 @@ class Machine:
             self.files.check_target(path, incremental=incremental)
             parent = self.files.saved if incremental else None
             was_running = self._status.phase is Phase.RUNNING
-            self._take_ahead()
+            self._get_ready()
             state, contents = self._freeze()
             snapshot = Snapshot(
                 self.config.memory, self.system.name, time.time(), why, name, note, state, contents, self._rom(),
@@ -563,14 +563,16 @@ class Machine:
                 "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
             ) from None
 
-    def _take_ahead(self) -> int:
-        """All memory, which a first checkpoint or save needs, while the guest runs on; the number of pages stored.
+    def _get_ready(self) -> int:
+        """Do what of a checkpoint or save can be done while the guest runs on; the number of pages stored.
 
-        What it writes meanwhile is in the dirty log: the take that follows when it stands copies that again.
+        A first one needs all memory. What the guest writes meanwhile is in the dirty log: the take that follows, when
+        it stands, copies that again.
         """
-        if self._status.phase is Phase.RUNNING and self._pages.empty and self._vm.exact_log:
-            return self._take_pages()[1]
-        return 0
+        first = self._pages.empty and self._status.phase is Phase.RUNNING and self._vm.exact_log
+        ahead = self._take_pages()[1] if first else 0
+        self._pages.get_ready()
+        return ahead
 
     def _free_pages(self) -> None:
         self._pages.keep_only(self._checkpoints.indices)

@@ -31,6 +31,8 @@ class PageStore:
         self._free: list[int] = []
         self._base: Index | None = None
         """What RAM held when its dirty log was last emptied."""
+        self._draft: Index | None = None
+        """A copy of ``_base`` for the next ``take``: at 8 bytes a page, more than a guest should stand for."""
         self._dirty: Pages = np.empty(0, np.int64)
         """Pages dirty since ``_base``, already taken out of the log: a failure in mid-way must not lose them."""
         self._files: dict[int, PageArray] = {}
@@ -42,6 +44,10 @@ class PageStore:
         """Nothing was taken yet: a first ``take`` reads and copies all memory."""
         return self._base is None
 
+    def get_ready(self) -> None:
+        """Do what the next ``take`` needs that can be done while the guest runs: an index to write in."""
+        self._draft = None if self._base is None else self._base.copy()
+
     def take(self) -> tuple[Index, int]:
         """RAM as it is now: its index, and how many pages were stored for it. Raises MemoryError, losing nothing."""
         if self._base is None:
@@ -51,7 +57,7 @@ class PageStore:
             pages = self._non_zero()
         else:
             base, pages = self._base, self._collect()
-        index = base.copy()
+        index = base.copy() if self._draft is None else self._draft
         slots = self._allocate(len(pages))
         self._memory.get_pages(pages, self._contents, slots)
         index[pages] = slots
@@ -95,6 +101,7 @@ class PageStore:
     def revert(self, settled: Settled) -> None:
         """The memory of that time is behind RAM again."""
         self._base, self._dirty, self._files = settled
+        self._draft = None
 
     def adopt(self, index: Index, files: Mapping[int, PageArray], missing: Pages) -> None:
         """RAM holds what ``index`` says, but for the ``missing`` pages and what was written since its log was started.
@@ -130,7 +137,7 @@ class PageStore:
             self._memory.put_pages(pages[here], self._files.get(source, self._contents), numbers[here] & PLACE_MASK)
 
     def _settle(self, index: Index) -> None:
-        self._base = index
+        self._base, self._draft = index, None
         self._dirty = np.empty(0, np.int64)
 
     def _collect(self) -> Pages:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kvm.backends.interface import PAGE_SIZE
 from kvm.backends.kernel.system import KernelSystem
-from kvm.machine import Checkpoint, Machine, Phase, Status
+from kvm.machine import Machine, Phase, Status
 from kvm.snapshot.file import read
 from tests.bench.__main__ import HERE, MEMORY, line, machine
 from tests.kvm.machines import COUNT, build
@@ -62,26 +62,29 @@ def files() -> None:
 
         _fill(m)
         m.run()
+        stopped: list[float] = []
         stood: list[float] = []
+        stop_all = m._stop_all
+
+        def stop() -> float:
+            stopped.append(time.perf_counter())
+            return stop_all()
+
+        m._stop_all = stop  # type: ignore[method-assign]
+
+        def resumed(status: Status) -> None:
+            if status.phase is Phase.RUNNING and stopped:
+                stood.append((time.perf_counter() - stopped[-1]) * 1e6)
+
+        m.subscribe(resumed)
 
         def save(path: Path, *, incremental: bool = False) -> float:
             path.unlink(missing_ok=True)
             os.sync()
-            start = time.perf_counter()
+            return _timed(lambda: m.save_file(path, incremental=incremental))
 
-            def resumed(status: Status) -> None:
-                if status.phase is Phase.RUNNING:
-                    stood.append((time.perf_counter() - start) * 1e6)
-
-            m.subscribe(resumed)
-            try:
-                return _timed(lambda: m.save_file(path, incremental=incremental))
-            finally:
-                m._listeners.remove(resumed)
-
-        print(
-            f"  first save (all pages copied): {save(folder / 'a') / 1e3:.1f} ms, guest stood {stood[-1] / 1e3:.1f} ms"
-        )
+        first = save(folder / "a") / 1e3
+        print(f"  first save (all memory copied): {first:.1f} ms, the guest stood {stood[-1]:.0f} µs of it")
         stored = m.save_file(folder / "a").stored
         pairs = [(save(folder / "b"), bare(stored)) for _ in range(ROUNDS)]
         line("save whole, 64 of 128 MiB used", *(statistics.median(side) for side in zip(*pairs, strict=True)))
@@ -92,14 +95,14 @@ def files() -> None:
             *(statistics.median(side) for side in zip(*pairs, strict=True)),
         )
         m.run()
-        print(f"  the guest stood {statistics.median(stood[1:]):.0f} µs of it")
+        print(f"  the guest stood {statistics.median(stood[1 : ROUNDS + 1]):.0f} µs of it")
 
         def small(number: int) -> float:
-            m.write_memory(20 * MIB, os.urandom(10 * 4096))
+            m.write_memory(20 * MIB, os.urandom(10 * PAGE_SIZE))
             m.run()
             return save(folder / f"delta{number}", incremental=True)
 
-        pairs = [(small(number), bare(10 * 4096 + 65536)) for number in range(ROUNDS)]
+        pairs = [(small(number), bare(10 * PAGE_SIZE + 65536)) for number in range(ROUNDS)]
         line("save incrementally, 10 pages", *(statistics.median(side) for side in zip(*pairs, strict=True)))
         print(f"  the guest stood {statistics.median(stood[-ROUNDS:]):.0f} µs of it")
 
@@ -162,6 +165,8 @@ def _monitor(other: Qemu, text: str) -> None:
 
 def _migrated(other: Qemu, path: Path) -> float:
     """Microseconds that the migration into a file takes; nobody syncs that."""
+    path.unlink(missing_ok=True)
+    os.sync()
     start = time.perf_counter()
     other.command("migrate", uri=f"exec:cat > {path}")
     while (status := other.command("query-migrate")["status"]) != "completed":
@@ -173,34 +178,60 @@ def _migrated(other: Qemu, path: Path) -> float:
     return took
 
 
+def _saved_by(other: Qemu) -> float:
+    """A new snapshot in its disk image."""
+    os.sync()
+    took = _timed(lambda: _monitor(other, "savevm a"))
+    _monitor(other, "loadvm a")
+    _monitor(other, "delvm a")
+    return took
+
+
 def qemu() -> None:
-    """QEMU's savevm, migrate and loadvm of a machine of that size with as much in it, against ours."""
+    """QEMU's savevm, migrate and loadvm of a machine of that size with as much in it, against ours, by turns."""
     with tempfile.TemporaryDirectory(dir=HERE) as name, machine(COUNT, 1, MEMORY) as m:
         folder = Path(name)
         _fill(m)
         m.run()
-        m.save_file(folder / "ours")
+        m.save_file(folder / "parent")
+        checkpoint = m.checkpoint()
+
+        def save() -> float:
+            (folder / "ours").unlink(missing_ok=True)
+            os.sync()
+            return _timed(lambda: m.save_file(folder / "ours"))
+
+        def load() -> float:
+            took = _timed(lambda: m.load_file(folder / "ours"))
+            m.files.wait_checked()
+            return took
+
+        def restore() -> float:
+            m.write_memory(16 * MIB, bytes(10 * PAGE_SIZE))
+            m.run()
+            return _timed(lambda: m.restore(checkpoint))
+
         with _qemu(folder) as other:
-            saved = _median(lambda: _timed(lambda: m.save_file(folder / "ours")))
-            line("save; QEMU's savevm", saved, _median(lambda: _timed(lambda: _monitor(other, "savevm a"))))
-            line("save; QEMU's migrate to a file", saved, _median(lambda: _migrated(other, folder / "theirs")))
-            theirs = _median(lambda: _timed(lambda: _monitor(other, "loadvm a")))
-            line("load of a file; QEMU's loadvm", _median(lambda: _loaded(m, folder)), theirs)
-            checkpoint = m.checkpoint()
-            back = _median(lambda: _restored(m, checkpoint, pages=10))
-            line("restore of a checkpoint, 10 pages dirty; QEMU's loadvm", back, theirs)
-
-
-def _loaded(m: Machine, folder: Path) -> float:
-    taken = _timed(lambda: m.load_file(folder / "ours"))
-    m.files.wait_checked()
-    return taken
-
-
-def _restored(m: Machine, checkpoint: Checkpoint, pages: int) -> float:
-    m.write_memory(16 * MIB, bytes(pages * PAGE_SIZE))
-    m.run()
-    return _timed(lambda: m.restore(checkpoint))
+            _monitor(other, "savevm b")
+            for what, ours, theirs in (
+                ("save; QEMU's savevm", save, lambda: _saved_by(other)),
+                ("save; QEMU's migrate to a file", save, lambda: _migrated(other, folder / "theirs")),
+                ("load of a file; QEMU's loadvm", load, lambda: _timed(lambda: _monitor(other, "loadvm b"))),
+                (
+                    "restore, 10 pages dirty; QEMU's loadvm",
+                    restore,
+                    lambda: _timed(lambda: _monitor(other, "loadvm b")),
+                ),
+            ):
+                pairs = []
+                for _ in range(ROUNDS):
+                    other.stop()  # its guest would take a core of what ours is measured on, and the other way round
+                    m.run()
+                    took = ours()
+                    m.pause()
+                    other.cont()
+                    pairs.append((took, theirs()))
+                line(what, *(statistics.median(side) for side in zip(*pairs, strict=True)))
 
 
 ALL = {"files": files, "qemu": qemu}

@@ -43,6 +43,10 @@ class Store(RuleBasedStateMachine):
     def guest_writes(self, page: int, byte: int) -> None:
         self.memory.ram[0].memory[page * 4096 + 17] = byte
 
+    @rule()
+    def get_ready(self) -> None:
+        self.store.get_ready()
+
     @rule(target=kept)
     def take(self) -> tuple[pages.Index, bytes]:
         index, _ = self.store.take()
