@@ -27,8 +27,8 @@ _LONGEST = 128 << 10
 """Bytes of an input."""
 _SECONDS = 60
 """For one input: past this it hangs."""
-_ROUND = 100
-"""Seconds of a process: atheris 3.0 keeps some 20 to 100 KB for ever of an input's comparisons, a GiB in that time."""
+_ROUND = 60
+"""Seconds of a process: atheris 3.0 keeps some 20 to 200 KB of every input's comparisons for ever."""
 _MEMORY = 64 << 20
 """Bytes, beyond four times the head, that opening a file may take at once (FORMAT.md: 32 MiB, the guest's memory and
 its image, here some MiB at most, twice: a parent and its child)."""
