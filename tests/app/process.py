@@ -75,7 +75,9 @@ class Terminal:
         self._screen = pyte.Screen(columns, lines)
         self._stream = pyte.ByteStream(self._screen)
         self._open = True
-        environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+        # COLUMNS and LINES, which xdist's workers have, would say that the terminal is another one.
+        ours = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment = {**ours, "TERM": "xterm-256color", **(env or {})}
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, env=environment, start_new_session=True,
