@@ -57,9 +57,10 @@ def _moved(parts: Sequence[Part]) -> str:
         ("read", _names(part.read for part in vcpus), _names(part.read for part in machine)),
         ("wrote", _names(part.written for part in vcpus), _names(part.written for part in machine)),
     ):
-        counts = [str(len(names))] * bool(names) + [f"VM {len(own)}"] * bool(own)
-        if counts:
-            words.append(f"{verb} {' + '.join(counts)}: {' '.join([*names, *own])}")
+        counts = ((f"{len(names)}", names), (f"VM {len(own)}", own))
+        if names or own:
+            shown = " + ".join(count for count, some in counts if some)
+            words.append(f"{verb} {shown}: {' '.join([*names, *own])}")
     if unchanged := max((len(part.skipped) for part in parts), default=0):
         words.append(f"{unchanged} unchanged")
     return "; ".join(word for word in words if word) or "moved nothing"
