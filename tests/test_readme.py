@@ -13,13 +13,18 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_script_runs() -> None:
-    (script,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    positions, record = done.stdout.splitlines()
+def test_the_scripts_run() -> None:
+    library, fuzzer = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    positions, record = printed(library)
     assert positions.count("0x") == 4
     assert "cpu_synchronize_all_post_init" in record
+    assert printed(fuzzer) == ["99 the last of a hundred"]
+
+
+def printed(script: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
 
 
 def test_the_files_it_links_to_are_there() -> None:
