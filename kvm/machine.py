@@ -32,7 +32,7 @@ from kvm.snapshot.replace import StrPath
 from kvm.snapshot.state import Checkpoint, MachineState, check
 from kvm.status import Phase, Status
 from kvm.supervisor import Act, Supervisor
-from kvm.vcpu import WAIT_LIMIT, Activity, Vcpu, VcpuView, step_control
+from kvm.vcpu import WAIT_LIMIT, Activity, Reply, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, layout, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import vcpu_table
@@ -40,7 +40,7 @@ from kvm.x86.substates import vcpu_table
 __all__ = ["Activity", "Checkpoint", "Machine", "MachineConfig", "Phase", "Status", "VcpuView"]
 
 STEP_LIMIT = 0.1
-"""Seconds that one instruction may take before the VCPU is held to be waiting: in HLT, or for a SIPI."""
+"""Seconds that one instruction may take before it's asked whether the VCPU waits: in HLT, or for a SIPI."""
 
 
 class Machine:
@@ -181,14 +181,7 @@ class Machine:
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
             epoch = self._supervisor.epoch
             replies = [(target, target.step()) for target in targets]
-            outcomes = []
-            for target, reply in replies:
-                try:
-                    outcome = reply.outcome(STEP_LIMIT)
-                except MachineError:
-                    target.interrupt_step()
-                    outcome = reply.outcome()
-                outcomes.append(outcome)
+            outcomes = [self._stepped(target, reply) for target, reply in replies]
             exits = [outcome() for outcome in outcomes]  # it may raise: only when none of them steps any more
             self._set_status(Status(Phase.PAUSED, "stepped"))
             for target, ended in zip(targets, exits, strict=True):
@@ -199,6 +192,18 @@ class Machine:
                 elif epoch == self._supervisor.epoch:
                     self._guest_stopped(target, ended)
             return tuple(exits)
+
+    @staticmethod
+    def _stepped(vcpu: Vcpu, reply: Reply[Exit]) -> Callable[[], Exit]:
+        """Its step's outcome; one that waits is interrupted. That the host doesn't let it run isn't waiting."""
+        end = time.monotonic() + WAIT_LIMIT
+        while True:
+            try:
+                return reply.outcome(STEP_LIMIT)
+            except MachineError:
+                if vcpu.fd.waiting() is not False or time.monotonic() > end:
+                    vcpu.interrupt_step()
+                    return reply.outcome()
 
     def settle(self) -> None:
         """Wait until what the guest has asked for in its steps, a reset or its end, is done. Raises MachineError."""

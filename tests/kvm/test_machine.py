@@ -108,6 +108,15 @@ def test_step_all_leaves_waiting_vcpus_where_they_are(system: System, tmp_path: 
         until(lambda: sampled(machine).rax > 3)
 
 
+def test_a_vcpu_that_is_slow_to_step_is_not_one_that_waits(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvm.machine.STEP_LIMIT", 0.0)  # as on a host that hasn't run it yet by then
+    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+        assert {machine.step(0)[0].kind for _ in range(50)} == {ExitKind.DEBUG}
+        assert machine.step(1)[0].kind is ExitKind.KICKED
+
+
 def test_step_then_run_no_longer_steps(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT) as machine:
         machine.step(0)
