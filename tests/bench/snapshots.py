@@ -190,7 +190,7 @@ def qemu() -> None:
         folder = Path(name)
         _fill(m)
         m.run()
-        m.save_file(folder / "parent")
+        m.save_file(folder / "ours")
         checkpoint = m.checkpoint()
 
         def save() -> float:
@@ -209,17 +209,28 @@ def qemu() -> None:
             time.sleep(0.002)  # it's under way, as QEMU's guest is
             return _timed(lambda: m.restore(checkpoint))
 
+        def restore_standing() -> float:
+            m.write_memory(16 * MIB, bytes(10 * PAGE_SIZE))
+            return _timed(lambda: m.restore(checkpoint))
+
         with _qemu(folder) as other:
             _monitor(other, "savevm b")
+
+            def loadvm() -> float:
+                return _timed(lambda: _monitor(other, "loadvm b"))
+
+            def loadvm_standing() -> float:
+                other.stop()
+                took = loadvm()
+                other.cont()
+                return took
+
             for what, ours, theirs in (
+                ("restore, 10 pages dirty; QEMU's loadvm", restore, loadvm),
+                ("  the same while the guests stand", restore_standing, loadvm_standing),
+                ("load of a file; QEMU's loadvm", load, loadvm),
                 ("save; QEMU's savevm", save, lambda: _saved_by(other)),
                 ("save; QEMU's migrate to a file", save, lambda: _migrated(other, folder / "theirs")),
-                ("load of a file; QEMU's loadvm", load, lambda: _timed(lambda: _monitor(other, "loadvm b"))),
-                (
-                    "restore, 10 pages dirty; QEMU's loadvm",
-                    restore,
-                    lambda: _timed(lambda: _monitor(other, "loadvm b")),
-                ),
             ):
                 pairs = []
                 for _ in range(ROUNDS):
