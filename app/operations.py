@@ -89,11 +89,13 @@ class Operations:
         """What has the machine now."""
         self.asides: list[Job] = []
 
-    def ask(self, job: Job) -> None:
-        """After all that was asked before."""
-        if len(self._waiting) < QUEUED:
-            self._waiting.append(job)
-            self.next()
+    def ask(self, job: Job) -> bool:
+        """After all that was asked before; False if it's dropped, as too much waits."""
+        if len(self._waiting) == QUEUED:
+            return False
+        self._waiting.append(job)
+        self.next()
+        return True
 
     def next(self) -> None:
         """Start the next one if its turn has come."""

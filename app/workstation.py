@@ -112,9 +112,9 @@ class Workstation(App[int]):
         """Have the machine do this on a worker thread, after what was asked before."""
         self.ask(name, lambda job: function())
 
-    def ask(self, name: str, work: Callable[[Job], object]) -> None:
-        """The same for what takes long: the job tells how far it is, and may be called off."""
-        self.operations.ask(Job(name, work, self._job_moved))
+    def ask(self, name: str, work: Callable[[Job], object]) -> bool:
+        """The same for what takes long: the job tells how far it is, and may be called off. False if it's dropped."""
+        return self.operations.ask(Job(name, work, self._job_moved))
 
     def _job_moved(self, job: Job) -> None:
         self.post_message(self.JobMoved(job, job.stage))
@@ -253,7 +253,8 @@ class Workstation(App[int]):
         def save(text: str) -> None:
             path = shelf.target(text)
             self._promised.append(path)
-            self.ask("save", partial(work, path))
+            if not self.ask("save", partial(work, path)):
+                self._promised.remove(path)
 
         def work(path: Path, job: Job) -> None:
             try:
