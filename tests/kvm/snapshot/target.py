@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import json
 import threading
 from collections.abc import Callable
@@ -51,6 +50,8 @@ class Target:
         self.folder = folder
         self.system: System = SoftwareSystem()
         self.taken = self.refused = 0
+        # A real file: atheris asks stderr for its fileno at any moment, and leaves the error to whoever comes next.
+        self._said = open(folder / "said", "w+", encoding="utf-8")  # noqa: SIM115
         self._faults: list[str] = []
         self._excepthook = threading.excepthook
         threading.excepthook = lambda fault: self._faults.append(f"{fault.thread}: {fault.exc_value!r}")
@@ -72,6 +73,7 @@ class Target:
 
     def __exit__(self, *error: object) -> None:
         self.machine.close()
+        self._said.close()
         threading.excepthook = self._excepthook
 
     def seeds(self) -> list[bytes]:
@@ -169,9 +171,12 @@ class Target:
         for arguments in (
             ("list", path), ("info", path), ("verify", path), ("diff", path, self.good), ("flatten", path, new)
         ):  # fmt: skip
-            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+            self._said.seek(0)
+            self._said.truncate()
+            with contextlib.redirect_stdout(self._said), contextlib.redirect_stderr(self._said):
                 code = main(["snapshot", *map(str, arguments)])
-            said = out.getvalue()
+            self._said.seek(0)
+            said = self._said.read()
             assert code in (0, 1, 2), f"{arguments[0]} ends with {code}"
             assert all(char.isprintable() or char == "\n" for char in said), f"{arguments[0]} prints {said!r}"
         if new.exists():
