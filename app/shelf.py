@@ -12,6 +12,7 @@ from pathlib import Path
 from kvm.errors import ConfigError, SnapshotError
 from kvm.snapshot.chain import open_chain
 from kvm.snapshot.file import SnapshotFile, read
+from kvm.snapshot.notes import Head
 from kvm.x86.structs import Regs
 
 SUFFIX = ".vmdeck"
@@ -83,20 +84,27 @@ def suggestion(image: str, promised: Collection[Path]) -> str:
     """A name that nothing here has, nor will have once what is ``promised`` is written."""
     stem = Path(image).stem or "machine"
     names = (Path(f"{stem}-{number}{SUFFIX}") for number in count(1))
-    return str(next(name for name in names if name not in promised and not name.exists()))
+    return str(next(name for name in names if name not in promised and not os.path.exists(name)))
 
 
 def target(text: str) -> Path:
     """Where a typed name leads. Raises ConfigError for what would overwrite anything but a snapshot."""
     path = _path(text)
-    if path.is_dir():
-        raise ConfigError(f"{text} is a folder. Name a file in it.")
-    if path.exists():
-        try:
-            read(path).close()
-        except SnapshotError:
-            raise ConfigError(f"{text} is there, and is no snapshot of vmdeck's. Choose another name.") from None
+    _replaced(path, text)
     return path
+
+
+def _replaced(path: Path, text: str) -> Head | None:
+    """The snapshot that would be overwritten; None if there is nothing. Raises ConfigError for anything else."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{text} is a folder. Name a file in it.")
+    if not os.path.exists(path):
+        return None
+    try:
+        with read(path) as file:
+            return file.head
+    except SnapshotError:
+        raise ConfigError(f"{text} is there, and is no snapshot of vmdeck's. Choose another name.") from None
 
 
 def source(text: str) -> Path:
@@ -109,7 +117,7 @@ def source(text: str) -> Path:
 def _path(text: str) -> Path:
     if not text.strip():
         raise ConfigError("Which file? Type its name; Tab completes it.")
-    return Path(text.strip()).expanduser()
+    return Path(os.path.expanduser(text.strip()))  # Path's own raises for a user that there isn't
 
 
 def words(text: str) -> list[str]:
@@ -117,7 +125,7 @@ def words(text: str) -> list[str]:
     folder, _, start = text.rpartition("/")
     shown = f"{folder}/" if "/" in text else ""
     try:
-        with os.scandir(Path(shown or ".").expanduser()) as entries:
+        with os.scandir(os.path.expanduser(shown or ".")) as entries:
             return sorted(
                 f"{shown}{entry.name}{'/' if entry.is_dir() else ''}"
                 for entry in entries
@@ -127,30 +135,32 @@ def words(text: str) -> list[str]:
         return []
 
 
+def _when(head: Head) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(head.taken))
+
+
 def help_saving(text: str, *, running: bool) -> str:
     """While a name to save to is typed: what Enter does."""
     try:
-        path = target(text)
+        path = _path(text)
+        replaced = _replaced(path, text)
     except ConfigError as error:
         return str(error)
-    if path.exists():
-        with read(path) as file:
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.head.taken))
-        return f"Enter replaces the snapshot of {when} in it. Esc doesn't."
-    if not path.parent.is_dir():
+    if replaced is not None:
+        return f"Enter replaces the snapshot of {_when(replaced)} in it. Esc doesn't."
+    if not os.path.isdir(path.parent):
         return f"There is no folder {path.parent}."
     return "Enter saves; the guest runs on meanwhile." if running else "Enter saves the machine there."
 
 
 def help_loading(text: str) -> str:
     """While a name to load is typed: what is there, or what can be completed to."""
-    if text.strip() and _path(text).is_file():
+    if text.strip() and os.path.isfile(_path(text)):
         try:
             with read(_path(text)) as file:
                 head = file.head
         except SnapshotError as error:
             return str(error)
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(head.taken))
-        return f"{when}, {head.vcpus} VCPUs, {head.memory >> 20} MiB, {head.backend}: Enter goes there."
+        return f"{_when(head)}, {head.vcpus} VCPUs, {head.memory >> 20} MiB, {head.backend}: Enter goes there."
     names = [word.removesuffix("/").rpartition("/")[2] + "/" * word.endswith("/") for word in words(text)]
     return "  ".join(names[:SHOWN_NAMES]) + " …" * (len(names) > SHOWN_NAMES) if names else "There is no such file."

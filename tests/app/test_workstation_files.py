@@ -122,6 +122,11 @@ async def test_what_would_be_overwritten_is_said_or_refused(desk, folder) -> Non
         assert "Can't use thesis" in at.said
         await at.press("ctrl+u", "enter")
         assert "Which file?" in at.said
+        for name in ("~nobody-of-that-name/x", "x" * 300):
+            await at.press("ctrl+u", *name, "tab")
+            await at.until(lambda: at.said == "There is no such file.")
+        await at.press("enter")
+        assert "Can't open" in at.said
 
 
 async def test_what_a_file_would_lose_is_asked_first(desk, folder) -> None:  # type: ignore[no-untyped-def]
