@@ -13,6 +13,7 @@ from kvm.ledger import Record
 from kvm.machine import Machine
 from kvm.quirks import Ignored
 from kvm.x86.substates import Substate
+from widgets.ledger import LEVEL_STYLES
 from widgets.line_pane import Line, Span, cut, width_of
 from widgets.lines import LinesPane
 
@@ -20,7 +21,6 @@ RATE = 4
 """Times a second that it's drawn anew."""
 REASONED = 170
 """Columns from which each row has its reason beside it, not below."""
-_LEVELS = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
 
 
 def contract_lines(machine: Machine, vcpu: int, ignored: Sequence[Ignored], width: int) -> list[Line]:
@@ -72,7 +72,7 @@ def _row(place: str, row: Substate, get: str, last: str, due: bool, width: int) 
         (f"{'•' if due else ' '}{place:>3}  ", "mark" if due else "label"),
         (f"{row.name:<12} ", "changed strong" if due else "strong"),
         (f"{get:>4}  ", "label"),
-        (f"{row.level.name:<8} ", _LEVELS[row.level.name]),
+        (f"{row.level.name:<8} ", LEVEL_STYLES[row.level.name]),
         (f"{cut(last, 40):<40} ", "text"),
     ]
     why = f"{row.why}  {' '.join(filter(None, (row.get, row.put)))}"

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from kvm.errors import ConfigError, SnapshotError
 from kvm.snapshot.chain import open_chain
-from kvm.snapshot.file import SnapshotFile, read
+from kvm.snapshot.file import read
 from kvm.snapshot.notes import Head
-from kvm.x86.structs import Regs
 
 SUFFIX = ".vmdeck"
 SHOWN_NAMES = 8
@@ -37,21 +36,22 @@ class ShelfFile:
 def look(path: Path) -> tuple[ShelfFile, ...]:
     """This file and those that it builds on, oldest first. Raises SnapshotError."""
     with open_chain(path) as chain:
-        return tuple(_described(file) for file in chain.files)
+        paths = [file.path for file in chain.files]
+    return tuple(map(_described, paths))  # read anew: of its ancestors a chain keeps no state
 
 
-def _described(file: SnapshotFile) -> ShelfFile:
-    head = file.head
-    status = os.stat(file.path)
+def _described(path: Path) -> ShelfFile:
+    with read(path) as file:
+        head, stored = file.head, file.on_disk
     return ShelfFile(
-        path=Path(os.path.realpath(file.path)),
+        path=Path(os.path.realpath(path)),
         identity=head.identity,
         parent=head.parent.identity if head.parent else None,
         name=head.name,
         note=head.note,
         taken=head.taken,
-        stored=getattr(status, "st_blocks", -(-status.st_size // 512)) * 512,
-        rips=tuple(Regs.from_buffer_copy(copy["regs"]).rip for copy in head.state.vcpus),
+        stored=stored,
+        rips=head.state.position,
     )
 
 

@@ -106,10 +106,10 @@ def _list(options: argparse.Namespace) -> int:
 def _line(file: SnapshotFile) -> str:
     head = file.head
     what = f"since {shown(head.parent.path)}" if head.parent else "whole"
-    where = " ".join(f"{rip:#x}" for rip in _positions(file))
+    where = " ".join(f"{rip:#x}" for rip in file.head.state.position)
     name = f"  {shown(head.name)}" if head.name else ""
     return (
-        f"{shown(str(file.path))}{name}  {_when(head.taken)}  {_stored(file.path)} stored, {what}  "
+        f"{shown(str(file.path))}{name}  {_when(head.taken)}  {_stored(file)} stored, {what}  "
         f"{head.vcpus} VCPUs, {show_size(head.memory)}, {shown(head.backend)}  RIP {where}"
     )
 
@@ -127,7 +127,7 @@ def _info(options: argparse.Namespace) -> int:
                 "machine": f"{head.vcpus} VCPUs, {show_size(head.memory)} of memory, {show_size(head.rom)} of ROM",
                 "backend": shown(head.backend),
                 "image": f"{shown(head.image.path)} ({shown(head.image.format)})" if head.image else "the parent's",
-                "size": f"{head.file_size} bytes, {_stored(path)} stored",
+                "size": f"{head.file_size} bytes, {_stored(file)} stored",
                 "memory in it": ", ".join(f"{extent.address:#x}–{extent.end - 1:#x}" for extent in head.extents[:8])
                 + (f" and {len(head.extents) - 8} more" if len(head.extents) > 8 else ""),
                 "devices": " ".join(shown(name) for name in head.state.devices),
@@ -137,7 +137,7 @@ def _info(options: argparse.Namespace) -> int:
             for key, value in lines.items():
                 if value:
                     print(f"  {key:<14}{value}")
-            for index, (rip, copy) in enumerate(zip(_positions(file), head.state.vcpus, strict=True)):
+            for index, (rip, copy) in enumerate(zip(head.state.position, head.state.vcpus, strict=True)):
                 print(f"  {f'VCPU {index}':<14}RIP {rip:#x}; {' '.join(shown(name) for name in copy)}")
     return SAME
 
@@ -198,16 +198,9 @@ def _verify(options: argparse.Namespace) -> int:
     return code
 
 
-def _positions(file: SnapshotFile) -> list[int]:
-    from kvm.x86.structs import Regs
-
-    return [Regs.from_buffer_copy(copy["regs"]).rip for copy in file.head.state.vcpus]
-
-
 def _when(taken: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(taken))
 
 
-def _stored(path: Path) -> str:
-    """What the file takes of the disk: holes are free."""
-    return f"{path.stat().st_blocks * 512 / (1 << 20):.1f} MiB"
+def _stored(file: SnapshotFile) -> str:
+    return f"{file.on_disk / (1 << 20):.1f} MiB"

@@ -12,7 +12,8 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from widgets.line_pane import Line, LinePane, Span, bar
+from widgets.line_pane import Line, Span, bar
+from widgets.scrolled_pane import ScrolledPane
 
 if TYPE_CHECKING:
     from widgets.terminal import GuestTerminal
@@ -62,7 +63,7 @@ def _rich_style(name: str) -> Style:
     )  # fmt: skip
 
 
-class ConsolePane(LinePane, can_focus=True):
+class ConsolePane(ScrolledPane, can_focus=True):
     """Several sources of output (serial line, debug console), one shown at a time."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -211,16 +212,8 @@ class ConsolePane(LinePane, can_focus=True):
             self.redraw()
         self.post_message(self.Typed(data))
 
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        event.stop()
-        self._scroll_lines(3)
-
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        event.stop()
-        self._scroll_lines(-3)
-
-    def _scroll_lines(self, count: int) -> None:
-        self._back = min(max(self._back + count, 0), self._scrollback)
+    def action_scroll_by(self, rows: int) -> None:
+        self._back = min(max(self._back - rows, 0), self._scrollback)
         self.redraw()
 
 

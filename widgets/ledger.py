@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from textual import events
 from textual.binding import Binding, BindingType
 
-from widgets.line_pane import Line, LinePane, Span, bar, cut, width_of
+from widgets.line_pane import Line, Span, bar, cut, width_of
+from widgets.scrolled_pane import ScrolledPane
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def duration(microseconds: float) -> str:
     return f"{microseconds / 1e6:.1f} s".rjust(6)
 
 
-class LedgerPane(LinePane, can_focus=True):
+class LedgerPane(ScrolledPane, can_focus=True):
     """The records; scrolls while focused, and then stands still while new ones come."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -92,16 +92,8 @@ class LedgerPane(LinePane, can_focus=True):
         skip = self._skipped()
         return [*lines, *(_row(entry, width) for entry in self.entries[skip : skip + height - 1])]
 
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        event.stop()
-        self.action_scroll_by(-3)
 
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        event.stop()
-        self.action_scroll_by(3)
-
-
-_LEVEL_STYLES = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
+LEVEL_STYLES = {"RUNTIME": "text", "RESET": "warn", "FULL": "accent"}
 
 
 def _row(entry: LedgerEntry, width: int) -> Line:
@@ -109,7 +101,7 @@ def _row(entry: LedgerEntry, width: int) -> Line:
     if width >= 48:
         spans.append((f"{entry.clock if width >= 100 else entry.clock[:8]} ", "dim"))
     spans.append((f"{entry.hook:<14} " if width >= 60 else f"{entry.hook.removeprefix('all_'):<10} ", "text"))
-    spans.append((f"{entry.level or '·':<7} ", _LEVEL_STYLES.get(entry.level, "dim")))
+    spans.append((f"{entry.level or '·':<7} ", LEVEL_STYLES.get(entry.level, "dim")))
     spans.append((f"{entry.vcpus:>2}× ", "label"))
     spans.append((f"{entry.ioctls:>3} {'ioctls' if width >= 60 else 'io'} ", "label"))
     spans.append((f"{duration(entry.microseconds)} ", "strong"))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from textual import events
 from textual.binding import Binding, BindingType
 
-from widgets.line_pane import Line, LinePane, Span, bar
+from widgets.line_pane import Line, Span, bar
+from widgets.scrolled_pane import ScrolledPane
 
 
-class LinesPane(LinePane, can_focus=True):
+class LinesPane(ScrolledPane, can_focus=True):
     """Shows what it's given; ``keys`` are what the title says of keys, as (key, word)."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -54,11 +54,3 @@ class LinesPane(LinePane, can_focus=True):
 
     def on_resize(self) -> None:
         self.action_scroll_by(0)
-
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        event.stop()
-        self.action_scroll_by(-3)
-
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        event.stop()
-        self.action_scroll_by(3)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from kvm.errors import MachineError
 from kvm.snapshot.contents import Index
 from kvm.snapshot.state import Checkpoint, MachineState
-from kvm.x86.structs import Regs
 
 
 class Checkpoints:
@@ -37,7 +36,7 @@ class Checkpoints:
             number=self._last_number,
             name=name or f"checkpoint {self._last_number}",
             taken=time.time(),
-            position=tuple(Regs.from_buffer_copy(copy["regs"]).rip for copy in state.vcpus),
+            position=state.position,
             pages=pages,
             parent=self.came_from,
             state=state,

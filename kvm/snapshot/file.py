@@ -322,6 +322,12 @@ class SnapshotFile:
             data[place : place + len(part)] = part
         return data
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes that it takes of the disk: holes are free."""
+        status = os.fstat(self._fd)
+        return getattr(status, "st_blocks", -(-status.st_size // 512)) * 512
+
     def close(self) -> None:
         """Let go of the file; what is mapped of it stays."""
         if self._fd >= 0:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvm.errors import MachineError
 from kvm.snapshot.contents import Index
+from kvm.x86.structs import Regs
 from kvm.x86.substates import Substate, Table
 
 
@@ -17,6 +18,11 @@ class MachineState:
     vcpus: tuple[Mapping[str, bytes], ...]
     machine: Mapping[str, bytes]
     devices: Mapping[str, bytes]
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Each VCPU's RIP."""
+        return tuple(Regs.from_buffer_copy(copy["regs"]).rip for copy in self.vcpus)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

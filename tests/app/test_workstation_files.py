@@ -92,6 +92,7 @@ async def test_only_what_changed_is_saved_and_files_are_chosen_in_their_pane(des
         await at.press("enter", "s", "W")
         await at.press("enter")
         await at.until(lambda: "╵ ▤ guest-2" in at.text(SnapshotsPane))
+        assert [file.rips[0] for file in at.app.desk.shelf.files] == [0x7C00, 0x7C02]
         await at.press("f4", "n")
         await at.press(*"one step", "enter")
         await at.until(lambda: "guest-2 one step" in at.text(SnapshotsPane))
