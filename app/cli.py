@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.size import parse_address, parse_count, parse_size, show_size
 from kvm.backends.choice import BACKENDS, open_system
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FAILED = 2
 """The exit code of everything that vmdeck refuses or that stops the guest for good."""
 
-FORMATS = ("auto", "elf", "multiboot", "bootsector", "firmware", "flat16", "flat32", "flat64")
+FORMATS = ("auto", "linux", "elf", "multiboot", "bootsector", "firmware", "flat16", "flat32", "flat64")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,13 +98,19 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[machine], help="open the workstation on the demo guest")
     demo.set_defaults(command=_demo)
 
-    run = commands.add_parser("run", parents=[machine], help="open the workstation on a guest image")
+    image = _Parser(add_help=False)
+    image.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
+    image.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at, as 0x100000")
+    image.add_argument("--initrd", metavar="FILE", type=Path, help="the initial RAM disk of a Linux kernel")
+    image.add_argument(
+        "--append", metavar="TEXT", help="the command line of a Linux kernel, all of it (default: README, Guests)"
+    )
+
+    run = commands.add_parser("run", parents=[machine, image], help="open the workstation on a guest image")
     run.add_argument("image", metavar="IMAGE", nargs="?", type=Path, help="kernel, boot sector, firmware, flat binary")
     run.add_argument("--restore", metavar="FILE", type=Path, help="the machine in a snapshot file, instead of an image")
     run.add_argument("--drop", action="store_true", help="with --restore: go on without what this backend can't carry")
     run.add_argument("--verify", action="store_true", help="with --restore: check all memory before the guest runs")
-    run.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
-    run.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at, as 0x100000")
     run.set_defaults(command=_run)
 
     from app.snapshot_cli import add_commands
@@ -112,14 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands, _Parser)
 
     lockstep = commands.add_parser(
-        "lockstep", help="step a guest on KVM and on the software backend at once, up to the first difference"
+        "lockstep",
+        parents=[image],
+        help="step a guest on KVM and on the software backend at once, up to the first difference",
     )
     lockstep.add_argument("image", metavar="IMAGE", type=Path, help="kernel, boot sector, firmware or flat binary")
     lockstep.add_argument("--count", metavar="N", type=int, default=10000, help="instructions to step (default: 10000)")
     lockstep.add_argument("--vcpus", metavar="N", default="1", help="number of VCPUs (default: %(default)s)")
     lockstep.add_argument("--memory", metavar="SIZE", default="16M", help="guest memory (default: %(default)s)")
-    lockstep.add_argument("--format", choices=FORMATS, default="auto", help="what the image is (default: look at it)")
-    lockstep.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at")
     lockstep.set_defaults(command=_lockstep)
 
     doctor = commands.add_parser("doctor", help="say what works on this machine, what doesn't, and why")
@@ -130,16 +136,27 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     from app import guests
 
-    return _start(options, guests.demo(), "auto", None)
+    return _start(options, guests.demo(), {})
 
 
 def _run(options: argparse.Namespace) -> int:
     if (options.image is None) == (options.restore is None):
         raise ConfigError("Name either an IMAGE to run or, with --restore, a snapshot file. See vmdeck run --help.")
     if options.restore is not None:
+        if (options.initrd, options.append) != (None, None):
+            raise ConfigError("--initrd and --append go with an IMAGE: a snapshot has its guest's already.")
         return _show(options, _restored(options.backend, options.restore, drop=options.drop, verify=options.verify))
-    address = None if options.address is None else parse_address(options.address)
-    return _start(options, options.image, options.format, address)
+    return _start(options, options.image, _wishes(options))
+
+
+def _wishes(options: argparse.Namespace) -> dict[str, Any]:
+    """How the image is to be loaded, as ``kvm.boot.loader.load`` takes it."""
+    return {
+        "format": options.format,
+        "address": None if options.address is None else parse_address(options.address),
+        "initrd": options.initrd,
+        "command_line": options.append,
+    }
 
 
 def _lockstep(options: argparse.Namespace) -> int:
@@ -149,11 +166,7 @@ def _lockstep(options: argparse.Namespace) -> int:
     vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
     check_memory(memory)
     return lockstep.run(
-        options.image,
-        count=options.count,
-        config=MachineConfig(vcpus, memory),
-        format=options.format,
-        address=None if options.address is None else parse_address(options.address),
+        options.image, count=options.count, config=MachineConfig(vcpus, memory), wishes=_wishes(options)
     )
 
 
@@ -163,10 +176,10 @@ def _doctor(options: argparse.Namespace) -> int:
     return examine()
 
 
-def _start(options: argparse.Namespace, image: Path, format: str, address: int | None) -> int:
+def _start(options: argparse.Namespace, image: Path, wishes: Mapping[str, Any]) -> int:
     vcpus, memory = parse_count(options.vcpus), parse_size(options.memory)
     check_memory(memory)
-    return _show(options, _machine(options.backend, vcpus, memory, image, format, address))
+    return _show(options, _machine(options.backend, vcpus, memory, image, wishes))
 
 
 def _show(options: argparse.Namespace, opening: AbstractContextManager[Machine]) -> int:
@@ -210,7 +223,7 @@ def _headless(machine: Machine, ledger: Path | None, *, dump_registers: bool) ->
 
 
 @contextmanager
-def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, address: int | None) -> Iterator[Machine]:
+def _machine(backend: str, vcpus: int, memory: int, image: Path, wishes: Mapping[str, Any]) -> Iterator[Machine]:
     """A machine with the image in it, paused; closed in the end, whatever happens."""
     from kvm.boot import loader
     from kvm.machine import Machine, MachineConfig
@@ -218,7 +231,7 @@ def _machine(backend: str, vcpus: int, memory: int, image: Path, format: str, ad
     config = MachineConfig(vcpus=vcpus, memory=memory)
     with closing(open_system(backend)) as system:
         config.check(system.caps)
-        boot_image = loader.load(image, memory=memory, format=format, address=address)
+        boot_image = loader.load(image, memory=memory, vcpus=vcpus, **wishes)
         with Machine(system, boot_image, config) as machine:
             yield machine
 

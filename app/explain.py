@@ -36,10 +36,11 @@ def explain(
     """
     keys = _keys(back, typing)
     if status.phase is Phase.EXITED:
-        code_ = status.code or 0
+        by_port = "" if status.code is None else f" with {status.code:#x} through isa-debug-exit."
+        how = by_port or " by switching the machine off."
         return (
-            ((" ● The guest ended itself", "info strong"), (f" with {code_:#x} through isa-debug-exit.", "text")),
-            ((f"   vmdeck will return {exit_code(code_)}. ", "text"), *keys),
+            ((" ● The guest ended itself", "info strong"), (how, "text")),
+            ((f"   vmdeck will return {exit_code(status.code)}. ", "text"), *keys),
         )
     if status.phase is not Phase.STOPPED:
         return ()
@@ -63,9 +64,9 @@ def _prose(text: str, width: int) -> list[Line]:
     return [((f"   {line}", "text"),) for line in wrap(text, max(width - 4, 20))]
 
 
-def exit_code(value: int) -> int:
-    """What QEMU's isa-debug-exit makes of the value that the guest wrote, as a process's exit code."""
-    return value << 1 | 1
+def exit_code(value: int | None) -> int:
+    """What QEMU's isa-debug-exit makes of the value that the guest wrote, as a process's exit code; 0 without one."""
+    return 0 if value is None else value << 1 | 1
 
 
 def _keys(back: str, typing: bool) -> Line:

@@ -39,8 +39,8 @@ BACKLOG = 64 << 10
 def run(machine: Machine) -> int:
     """Run the guest until it exits or stops, or until we're told to quit; the process's exit code.
 
-    ``(value << 1) | 1`` from isa-debug-exit, 2 for a guest that can't go on, 0 for ctrl-a x, 128 + the number of
-    the signal that ended it (SIGPIPE if stdout's reader went away).
+    ``(value << 1) | 1`` from isa-debug-exit, 2 for a guest that can't go on, 0 for ctrl-a x and a machine that was
+    switched off, 128 + the number of the signal that ended it (SIGPIPE if stdout's reader went away).
     """
     with Bell() as bell, bell.ending_signals() as signals, raw_terminal(STDIN):
         code, stopped = _Headless(machine, bell, signals).run()
@@ -192,6 +192,6 @@ _COMMANDS: dict[int, tuple[str, Callable[[_Headless], None]]] = {
 }
 
 _ENDED: dict[Phase, Callable[[Status], tuple[int, Status | None]]] = {
-    Phase.EXITED: lambda status: ((status.code or 0) << 1 & 0xFF | 1, None),
+    Phase.EXITED: lambda status: (0 if status.code is None else status.code << 1 & 0xFF | 1, None),
     Phase.STOPPED: lambda status: (GUEST_STOPPED, status),
 }

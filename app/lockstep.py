@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from app.bell import Bell
 from kvm import lockstep
@@ -17,14 +19,15 @@ from kvm.machine import MachineConfig
 EQUAL, DIFFERENT = 0, 1
 
 
-def run(image: Path, *, count: int, config: MachineConfig, format: str, address: int | None) -> int:
+def run(image: Path, *, count: int, config: MachineConfig, wishes: Mapping[str, Any]) -> int:
     """Step ``count`` instructions on both; what was found goes to stdout, how far it is to a terminal's stderr.
 
+    ``wishes``: how to load the image, as ``kvm.boot.loader.load`` takes them.
     0 if nothing differed, 1 if something did, 128 + n if signal n (ctrl-c) ended it before that.
     Raises BackendUnavailable where one of the two can't run, ImageError, ConfigError, KvmError.
     """
     with closing(open_system("kvm")) as reference, closing(open_system("software")) as other:
-        guest = loader.load(image, memory=config.memory, format=format, address=address)
+        guest = loader.load(image, memory=config.memory, vcpus=config.vcpus, **wishes)
         with lockstep.pair(reference, other, guest, config) as both, Bell() as bell, bell.ending_signals() as signals:
             progress = _Progress(count) if sys.stderr.isatty() else lambda steps: None
             outcome = both.run(count, progress, lambda: bool(signals))

@@ -439,7 +439,7 @@ class Workstation(App[int]):
     def _leave(self) -> None:
         """With the guest's exit code, if it gave one."""
         status = self.machine.status
-        code = exit_code(status.code or 0) if status.phase is Phase.EXITED else 0
+        code = exit_code(status.code) if status.phase is Phase.EXITED else 0
         self.exit(code, return_code=code)
 
     def get_key_display(self, binding: Binding) -> str:

@@ -477,7 +477,11 @@ class Machine:
 
     def request_exit(self, code: int) -> None:
         """The guest ended itself: stop it where it stands."""
-        self._stop_soon(lambda: self._guest_exited(code))
+        self._stop_soon(lambda: self._guest_exited(f"the guest ended itself with {code:#x}", code))
+
+    def request_power_off(self) -> None:
+        """The guest switched the machine off: stop it where it stands."""
+        self._stop_soon(lambda: self._guest_exited("the guest switched the machine off", None))
 
     # Inside
 
@@ -683,8 +687,8 @@ class Machine:
         if not was_running:
             self._set_status(Status(Phase.PAUSED, f"the guest asked for a reset ({why})"))
 
-    def _guest_exited(self, code: int) -> None:
-        self._set_status(Status(Phase.EXITED, f"the guest ended itself with {code:#x}", code=code))
+    def _guest_exited(self, reason: str, code: int | None) -> None:
+        self._set_status(Status(Phase.EXITED, reason, code=code))
 
     def _guest_stopped(self, vcpu: Vcpu, ended: Exit | VmdeckError) -> None:
         if isinstance(ended, VmdeckError):

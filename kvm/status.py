@@ -16,7 +16,8 @@ class Phase(Enum):
     STOPPED = "stopped"
     """The guest can't go on: a triple fault, an instruction that KVM can't emulate."""
     EXITED = "exited"
-    """The guest ended itself through isa-debug-exit; ``Status.code`` is what it wrote."""
+    """The guest ended itself through isa-debug-exit, and ``Status.code`` is what it wrote, or switched the machine off:
+    then that's None."""
     CLOSED = "closed"
 
 

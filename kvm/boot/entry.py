@@ -16,8 +16,11 @@ from kvm.x86.structs import Dtable, Regs, Segment, Sregs, Sregs2
 
 CODE32, DATA, CODE64 = 0x08, 0x10, 0x18
 """Selectors in the GDT at ``layout.BOOT_GDT``."""
+LINUX_CODE, LINUX_DATA = 0x10, 0x18
+"""Those that Linux insists on: __BOOT_CS and __BOOT_DS (boot.rst, 32-bit and 64-bit Boot Protocol)."""
 
-_GDT = struct.pack("<4Q", 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00AF_9B00_0000_FFFF)
+_CODE32_FLAT, _CODE64_FLAT, _DATA_FLAT = 0x00CF_9B00_0000_FFFF, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
+_GDT = struct.Struct("<4Q")
 
 _CR0_PE, _CR0_ET, _CR0_PG = 1 << 0, 1 << 4, 1 << 31
 _CR4_PAE = 1 << 5
@@ -36,7 +39,13 @@ _GIBS = 4
 
 def gdt() -> MemorySegment:
     """The table that the flat segments come from, for guests that load them again."""
-    return MemorySegment(layout.BOOT_GDT, _GDT, len(_GDT))
+    return MemorySegment(layout.BOOT_GDT, _GDT.pack(0, _CODE32_FLAT, _DATA_FLAT, _CODE64_FLAT), _GDT.size)
+
+
+def linux_gdt(bits: int) -> MemorySegment:
+    """The same for Linux, whose code segment is a 32- or a 64-bit one."""
+    code = _CODE64_FLAT if bits == 64 else _CODE32_FLAT
+    return MemorySegment(layout.BOOT_GDT, _GDT.pack(0, 0, code, _DATA_FLAT), _GDT.size)
 
 
 def identity_pages() -> tuple[MemorySegment, ...]:
@@ -91,11 +100,14 @@ class ProtectedMode:
     eip: int
     eax: int = 0
     ebx: int = 0
+    esi: int = 0
+    code: int = CODE32
+    data: int = DATA
 
     def apply(self, regs: Regs, sregs: Sregs | Sregs2) -> None:
         """Segments from the GDT, CR0 and the registers that the format defines."""
-        _flat(regs, sregs, CODE32, db=1)
-        regs.rip, regs.rax, regs.rbx = self.eip, self.eax, self.ebx
+        _flat(regs, sregs, self.code, self.data, db=1)
+        regs.rip, regs.rax, regs.rbx, regs.rsi = self.eip, self.eax, self.ebx, self.esi
         sregs.cr0 = _CR0_PE | _CR0_ET
 
 
@@ -104,24 +116,27 @@ class LongMode:
     """64-bit mode with 0–4 GiB identity-mapped, interrupts off, no FPU or SSE enabled."""
 
     rip: int
+    rsi: int = 0
+    code: int = CODE64
+    data: int = DATA
 
     def apply(self, regs: Regs, sregs: Sregs | Sregs2) -> None:
         """Segments from the GDT, and everything that paging in long mode needs."""
-        _flat(regs, sregs, CODE64, l=1)
-        regs.rip = self.rip
+        _flat(regs, sregs, self.code, self.data, l=1)
+        regs.rip, regs.rsi = self.rip, self.rsi
         sregs.cr0 = _CR0_PE | _CR0_ET | _CR0_PG
         sregs.cr3 = layout.BOOT_PML4
         sregs.cr4 = _CR4_PAE
         sregs.efer = _EFER_LME | _EFER_LMA
 
 
-def _flat(regs: Regs, sregs: Sregs | Sregs2, code: int, *, db: int = 0, l: int = 0) -> None:  # noqa: E741
+def _flat(regs: Regs, sregs: Sregs | Sregs2, code: int, data: int, *, db: int = 0, l: int = 0) -> None:  # noqa: E741
     regs.rsp, regs.rflags, regs.rdx = layout.BOOT_STACK, _RFLAGS, 0
     sregs.cs = Segment(limit=_FLAT_LIMIT, selector=code, type=_EXECUTE_READ, present=1, s=1, g=1, db=db, l=l)
     for name in _DATA_SEGMENTS:
-        flat = Segment(limit=_FLAT_LIMIT, selector=DATA, type=_READ_WRITE, present=1, s=1, g=1, db=1)
+        flat = Segment(limit=_FLAT_LIMIT, selector=data, type=_READ_WRITE, present=1, s=1, g=1, db=1)
         setattr(sregs, name, flat)
-    sregs.gdt = Dtable(base=layout.BOOT_GDT, limit=len(_GDT) - 1)
+    sregs.gdt = Dtable(base=layout.BOOT_GDT, limit=_GDT.size - 1)
     sregs.idt = Dtable(base=0, limit=0)  # an interrupt before the guest has its own table is a clean triple fault
 
 

@@ -46,13 +46,16 @@ class BootImage:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An image file, read: what each loader is given. ``memory`` is the guest's, in bytes."""
+    """An image file, read, and what goes with it: what each loader is given. ``memory`` is the guest's, in bytes."""
 
     path: str
     data: bytes
     memory: int
     address: int | None
     """Where the user wants it; None if there's no wish."""
+    vcpus: int = 1
+    initrd: bytes | None = None
+    command_line: str | None = None
 
     def error(self, why: str) -> ImageError:
         """An ImageError that names the file."""
@@ -88,7 +91,7 @@ def check_places(source: Source, places: Iterable[Placed]) -> None:
                 "never RAM. Link it to a lower address."
             )
         raise source.error(
-            f"{place} doesn't fit into the guest's {_mib(source.memory)} of memory. Give it more with --memory, or "
+            f"{place} doesn't fit into the guest's {mib(source.memory)} of memory. Give it more with --memory, or "
             "link it to a lower address."
         )
     for before, after in pairwise(ordered):
@@ -96,8 +99,11 @@ def check_places(source: Source, places: Iterable[Placed]) -> None:
             raise source.error(f"{before} and {after} overlap. Link the image so that they don't.")
 
 
-def read_source(path: StrPath, *, memory: int, address: int | None) -> Source:
-    """Read an image file, once and whole. Raises ImageError for what isn't a readable, non-empty, sensible file."""
+def read_file(path: StrPath, *, memory: int) -> tuple[str, bytes]:
+    """Read an image file, once and whole: its name for messages, and what it holds.
+
+    Raises ImageError for what isn't a readable, non-empty, sensible file.
+    """
     shown = str(Path(path))
     limit = max(memory, layout.MAX_ROM)
     # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
@@ -121,12 +127,12 @@ def read_source(path: StrPath, *, memory: int, address: int | None) -> Source:
     size = max(size, len(data))
     if size > limit:
         raise ImageError(
-            f"Can't load {shown}: it has {_mib(size)}, the guest's memory only {_mib(memory)}. "
+            f"Can't load {shown}: it has {mib(size)}, the guest's memory only {mib(memory)}. "
             "Give the guest more with --memory, or strip the image of its debug information."
         )
     if not data:
         raise ImageError(f"Can't load {shown}: it's empty. Build it again.")
-    return Source(shown, data, memory, address)
+    return shown, data
 
 
 def _read(fd: int, limit: int) -> bytes:
@@ -145,5 +151,6 @@ def _advice(error: OSError) -> str:
     return "Check the file and the disk that it's on."
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """A size for a person."""
     return f"{size} bytes" if size < layout.MIB else f"{size / layout.MIB:.4g} MiB"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvm.boot import bootsector, elf, firmware, flat, multiboot
-from kvm.boot.image import BootImage, Source, StrPath, read_source
+from kvm.boot import bootsector, elf, firmware, flat, linux, multiboot
+from kvm.boot.image import BootImage, Source, StrPath, read_file
 from kvm.errors import ImageError
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A guest format: its loader, a line for a person, and whether the user may choose the address."""
+    """A guest format: its loader, a line for a person, and which of the user's wishes it can fulfil."""
 
     load: Callable[[Source], BootImage]
     about: str
     takes_address: bool = False
+    takes_initrd: bool = False
+    """And a command line."""
     why_unlike: Callable[[bytes], str] | None = None
     """Why a file isn't of this format, empty if it is; None for formats that can't be told by looking."""
 
@@ -25,6 +27,9 @@ AUTO = "auto"
 """Not a format of its own: whichever the file looks like, in the order of ``FORMATS``."""
 
 FORMATS = {
+    "linux": Format(
+        linux.load_linux, "Linux bzImage, 64- or 32-bit entry", takes_initrd=True, why_unlike=linux.why_not
+    ),
     "multiboot": Format(multiboot.load_multiboot, "multiboot 1 kernel, 32-bit entry", why_unlike=multiboot.why_not),
     "elf": Format(elf.load_elf, "ELF32 or ELF64 executable, 32- or 64-bit entry", why_unlike=elf.why_not),
     "bootsector": Format(
@@ -40,7 +45,6 @@ FORMATS = {
 }  # fmt: skip
 
 _KNOWN = (
-    (0x202, b"HdrS", "a Linux bzImage"),
     (0, b"MZ", "an EFI or Windows program"),
     (0, b"\x1f\x8b", "compressed by gzip"),
     (0, b"\xfd7zXZ\0", "compressed by xz"),
@@ -51,19 +55,34 @@ _KNOWN = (
 """What people have at hand and vmdeck can't start: offset, bytes, name."""
 
 
-def load(path: StrPath, *, memory: int, format: str = AUTO, address: int | None = None) -> BootImage:
-    """Load a guest image for a machine with ``memory`` bytes. Raises ImageError: what, why, and what to do.
+def load(
+    path: StrPath,
+    *,
+    memory: int,
+    vcpus: int = 1,
+    format: str = AUTO,
+    address: int | None = None,
+    initrd: StrPath | None = None,
+    command_line: str | None = None,
+) -> BootImage:
+    """Load a guest image for a machine with ``memory`` bytes and so many VCPUs.
 
-    ``address`` is where a flat binary goes (guest-physical); None means the format's own place.
+    ``address`` is where a flat binary goes (guest-physical); None means the format's own place. ``initrd``, a file, and
+    ``command_line`` are for Linux; None for the latter means ``linux.COMMAND_LINE``.
+    Raises ImageError: what, why, and what to do.
     """
     if format not in (AUTO, *FORMATS):
         raise ImageError(f"There is no image format {format!r}. Choose one of {', '.join((AUTO, *FORMATS))}.")
-    source = read_source(path, memory=memory, address=address)
+    source = Source(*read_file(path, memory=memory), memory, address, vcpus, command_line=command_line)
     if format == AUTO:
         format = detect(source)
     chosen = FORMATS[format]
     if address is not None and not chosen.takes_address:
         raise source.error(f"the format {format} has its own addresses. Leave --address out, or choose a flat format.")
+    if not chosen.takes_initrd and (initrd, command_line) != (None, None):
+        raise source.error(f"the format {format} takes no initrd and no command line. Leave --initrd and --append out.")
+    if initrd is not None:
+        source = replace(source, initrd=read_file(initrd, memory=memory)[1])
     return chosen.load(source)
 
 

@@ -10,12 +10,12 @@ from kvm.devices.console import Console
 from kvm.devices.device import Device
 from kvm.devices.platform import Platform
 from kvm.devices.ports import DebugConsole, DebugExit, Post
+from kvm.devices.power import SIZE as POWER_SIZE
+from kvm.devices.power import PowerControl
 from kvm.devices.resets import KeyboardController, Port92, ResetControl
 from kvm.devices.uart import Uart
 from kvm.errors import VmdeckError
 from kvm.x86 import layout
-
-_SERIAL_GSI = 4
 
 
 class Board:
@@ -25,7 +25,7 @@ class Board:
         self.bus = IoBus()
         self.serial_console = Console()
         self.debug_console = Console()
-        self.serial = Uart(lambda level: platform.irq_line(_SERIAL_GSI, level), self.serial_console, self.bus.lock)
+        self.serial = Uart(lambda level: platform.irq_line(layout.COM1_IRQ, level), self.serial_console, self.bus.lock)
         self.cmos = Cmos(memory, vcpus)
         self.post = Post()
         # Device, its ports, the widest access it takes whole, and whether it's only ever written to: then KVM may
@@ -37,9 +37,10 @@ class Board:
             (Port92(platform), range(0x92, 0x93), 1, False),
             (DebugConsole("debugcon_e9", self.debug_console), range(0xE9, 0xEA), 1, True),
             (DebugExit(platform), range(0xF4, 0xF8), 4, False),
-            (self.serial, range(0x3F8, 0x400), 1, False),
+            (self.serial, range(layout.COM1, layout.COM1 + 8), 1, False),
             (DebugConsole("debugcon_402", self.debug_console), range(0x402, 0x403), 1, True),
-            (ResetControl(platform), range(0xCF8, 0xCFC), 4, False),
+            (PowerControl(platform), range(layout.POWER_PORTS, layout.POWER_PORTS + POWER_SIZE), 2, False),
+            (ResetControl(platform), range(layout.RESET_PORT - 1, layout.RESET_PORT + 3), 4, False),
         )
         for device, ports, width, _ in table:
             self.bus.claim_ports(ports, device, width=width)

@@ -16,3 +16,6 @@ class Platform(Protocol):
 
     def request_exit(self, code: int) -> None:
         """Ask the machine to stop for good with this code."""
+
+    def request_power_off(self) -> None:
+        """Ask the machine to stop for good, without a code: the guest has switched it off."""

@@ -27,12 +27,19 @@ MULTIBOOT_INFO = 0x9000
 """Multiboot's information structure with its memory map and strings, within one page."""
 MULTIBOOT_INFO_END = 0xA000
 
+LINUX_BOOT_PARAMS = 0xA000
+"""Linux' struct boot_params, the "zero page"."""
+LINUX_COMMAND_LINE = 0xB000
+LINUX_COMMAND_LINE_END = 0x10000
+
 BOOT_STACK = 0x9F000
 """The top of the stack of guests entered in 32- or 64-bit mode."""
 
 LOW_RAM_END = 0x9FC00
 """639 KiB: memory maps call what is below usable; the last KiB is the extended BIOS data area."""
 VIDEO_MEMORY = 0xA0000
+ACPI_TABLES = 0xE0000
+"""Where kernels look for them, and memory maps say that nobody may write: the first of them, RSDP, then the others."""
 BIOS_END = 0x100000
 BIOS_COPY = 0x20000
 """The end of a firmware image, at most so much of it, is also found in RAM below 1 MiB."""
@@ -56,6 +63,12 @@ HIGH_RAM = 4 * GIB
 MIN_MEMORY = 1 * MIB
 MAX_MEMORY = 1024 * GIB - MMIO_HOLE
 """With it guest-physical addresses stay well below 2^40, which every x86-64 processor has."""
+
+# -- ports: those that a board and the tables that describe it must agree on ------------------------------------------
+POWER_PORTS = 0x600
+"""ACPI's PM1 event and control registers: 6 bytes."""
+RESET_PORT = 0xCF9
+COM1, COM1_IRQ = 0x3F8, 4
 
 
 def ram(memory: int) -> tuple[tuple[int, int], ...]:

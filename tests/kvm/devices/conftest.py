@@ -15,6 +15,7 @@ class Recorder:
         self.changes: list[tuple[int, bool]] = []
         self.resets: list[str] = []
         self.exits: list[int] = []
+        self.power_offs = 0
 
     def irq_line(self, gsi: int, level: bool) -> None:
         self.lines[gsi] = level
@@ -25,6 +26,9 @@ class Recorder:
 
     def request_exit(self, code: int) -> None:
         self.exits.append(code)
+
+    def request_power_off(self) -> None:
+        self.power_offs += 1
 
 
 @pytest.fixture
