@@ -11,6 +11,9 @@ def print_and_exit(text: bytes, value: int) -> bytes:
 HALT = bytes.fromhex("f4 eb fd")
 """again: hlt; jmp again"""
 
+POWER_OFF = bytes.fromhex("ba 04 06 b8 00 34 ef f4")
+"""mov dx, 0x604; mov ax, 0x3400; out dx, ax: SLP_EN and sleep type 5 into ACPI's PM1 control register; hlt"""
+
 SPIN = bytes.fromhex("eb fe")
 """again: jmp again"""
 

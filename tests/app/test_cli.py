@@ -16,6 +16,8 @@ from app.cli import FORMATS
 from kvm.boot import loader
 from tests.app import guests
 from tests.app.process import EMPTY_DEV, LIMIT, Terminal, in_namespace, refused, vmdeck
+from tests.guests.assemble import BinutilsMissing, assemble
+from tests.kvm.boot.bzimage import BzImage
 
 
 @pytest.fixture
@@ -25,6 +27,7 @@ def image(tmp_path: Path) -> str:
     return str(path)
 
 
+LINUX = Path(__file__).parents[1] / "guests" / "linux.S"
 FLAT = ("--format", "flat16", "--address", "0x7c00", "--memory", "2M", "--vcpus", "1")
 SOFTWARE = ("--backend", "software", "--headless")
 
@@ -128,6 +131,29 @@ def test_images_that_cannot_be_loaded(tmp_path: Path) -> None:
         assert why in message
     assert "missing.bin" in refused("run", str(tmp_path / "missing.bin"), *SOFTWARE)
     assert str(tmp_path) in refused("run", str(tmp_path), *SOFTWARE)
+
+
+def test_initrd_and_command_line_are_for_linux(image: str, tmp_path: Path) -> None:
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"x")
+    for wish in (("--initrd", str(initrd)), ("--append", "quiet")):
+        assert "flat16 takes no initrd" in refused("run", image, *FLAT, *wish, *SOFTWARE)
+        assert "go with an IMAGE" in refused("run", "--restore", image, *wish, *SOFTWARE)
+
+
+def test_a_linux_kernel_gets_what_the_command_line_says(tmp_path: Path) -> None:
+    try:
+        code = assemble(LINUX, base=0, format="bin")
+    except BinutilsMissing as missing:
+        pytest.skip(str(missing))
+    kernel, initrd = tmp_path / "bzImage", tmp_path / "initrd"
+    kernel.write_bytes(BzImage(code=code).build())
+    initrd.write_bytes(b"the initrd")
+    done = vmdeck("run", str(kernel), "--initrd", str(initrd), "--append", "quiet x=1", "--memory", "24M", *SOFTWARE)
+    assert (done.returncode, done.stdout, done.stderr) == (24 << 1 | 1, b"quiet x=1\nthe initrd", b"")
+    assert "--memory 256M" in refused("run", str(kernel), "--memory", "16M", *SOFTWARE)
+    assert "takes 2047" in refused("run", str(kernel), "--append", "x" * 2048, *SOFTWARE)
+    assert f"{initrd}x: No such file" in refused("run", str(kernel), "--initrd", f"{initrd}x", *SOFTWARE)
 
 
 # Backends. The real thing can be had: namespaces hide /dev/kvm, another user may not open it, and a library put

@@ -67,6 +67,11 @@ def test_exit_code_of_isa_debug_exit(guest: Guest, value: int, code: int) -> Non
     assert (done.returncode, done.stdout, said(done.stderr)) == (code, b"hello", b"")
 
 
+def test_a_machine_that_is_switched_off_is_no_error(guest: Guest) -> None:
+    done = vmdeck(*guest.arguments(guests.POWER_OFF))
+    assert (done.returncode, done.stdout, said(done.stderr)) == (0, b"", b"")
+
+
 def test_guest_bytes_pass_as_they_are(guest: Guest) -> None:
     everything = bytes(range(256))
     assert vmdeck(*guest.arguments(guests.print_and_exit(everything, 0))).stdout == everything

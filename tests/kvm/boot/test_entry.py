@@ -6,8 +6,22 @@ import struct
 
 import pytest
 
-from kvm.boot.entry import CODE32, CODE64, DATA, LongMode, ProtectedMode, RealMode, ResetVector, gdt, identity_pages
+from kvm.boot.entry import (
+    CODE32,
+    CODE64,
+    DATA,
+    LINUX_CODE,
+    LINUX_DATA,
+    LongMode,
+    ProtectedMode,
+    RealMode,
+    ResetVector,
+    gdt,
+    identity_pages,
+    linux_gdt,
+)
 from kvm.boot.image import Entry
+from kvm.boot.image import Segment as MemorySegment
 from kvm.x86 import layout, reset
 from kvm.x86.structs import CpuidEntry, Regs, Segment, Sregs, Sregs2, pack_cpuid
 from tests.kvm.boot.vmentry import refused
@@ -18,6 +32,8 @@ ENTRIES = [
     RealMode(0x2000, 0, 0x2000),
     ProtectedMode(0x100000, eax=0x2BADB002, ebx=0x9000),
     LongMode(0x100000),
+    ProtectedMode(0x100000, esi=0xA000, code=LINUX_CODE, data=LINUX_DATA),
+    LongMode(0x1000200, rsi=0xA000, code=LINUX_CODE, data=LINUX_DATA),
 ]
 
 
@@ -100,14 +116,21 @@ def test_long_mode_maps_four_gib_to_itself() -> None:
     assert entry_at(sregs.cr3, 1) == entry_at(layout.BOOT_PDPT, 4) == 0
 
 
-@pytest.mark.parametrize(("selector", "name", "entry"), [
-    (CODE32, "cs", ProtectedMode(0)), (DATA, "ss", ProtectedMode(0)), (CODE64, "cs", LongMode(0)),
-    (DATA, "ds", LongMode(0)),
+LINUX32 = ProtectedMode(0, code=LINUX_CODE, data=LINUX_DATA)
+LINUX64 = LongMode(0, code=LINUX_CODE, data=LINUX_DATA)
+
+
+@pytest.mark.parametrize(("selector", "name", "entry", "table"), [
+    (CODE32, "cs", ProtectedMode(0), gdt()), (DATA, "ss", ProtectedMode(0), gdt()), (CODE64, "cs", LongMode(0), gdt()),
+    (DATA, "ds", LongMode(0), gdt()),
+    (LINUX_CODE, "cs", LINUX32, linux_gdt(32)), (LINUX_DATA, "ss", LINUX32, linux_gdt(32)),
+    (LINUX_CODE, "cs", LINUX64, linux_gdt(64)), (LINUX_DATA, "es", LINUX64, linux_gdt(64)),
 ])  # fmt: skip
-def test_the_gdt_in_memory_agrees_with_the_hidden_parts(selector: int, name: str, entry: Entry) -> None:
+def test_the_gdt_in_memory_agrees_with_the_hidden_parts(
+    selector: int, name: str, entry: Entry, table: MemorySegment
+) -> None:
     """A guest that loads a selector again gets what it was entered with."""
     _, sregs = entered(entry)
-    table = gdt()
     assert (sregs.gdt.base, sregs.gdt.limit) == (table.address, len(table.data) - 1)
     low, high = struct.unpack_from("<2I", table.data, selector)
     limit = (low & 0xFFFF) | (high & 0xF0000)

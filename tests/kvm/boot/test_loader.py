@@ -14,6 +14,7 @@ from kvm.boot.image import BootImage, Source
 from kvm.boot.loader import FORMATS, detect, load
 from kvm.errors import ImageError
 from kvm.x86 import layout
+from tests.kvm.boot.bzimage import BzImage
 from tests.kvm.boot.images import ElfImage, multiboot_header
 
 MEMORY = 4 << 20
@@ -93,6 +94,7 @@ def test_a_file_that_says_it_is_empty_and_is_not_is_read() -> None:
         (ElfImage(32).build(), "elf"),
         (multiboot_header(0x10000, (0x100000, 0x100000, 0, 0, 0x100020)) + b"\xf4" * 16, "multiboot"),
         (SECTOR, "bootsector"),
+        (BzImage(pref_address=0x100000, init_size=0).build(), "linux"),
         (rom(0x10000), "firmware"),
         (rom(0x20000, b"\x90\x90\xe9\x00\x00"), "firmware"),
         (rom(0x1000, bytes.fromhex("0f20c0a8017405e9")), "firmware"),
@@ -108,7 +110,7 @@ def test_told_apart(file: Path, data: bytes, format: str) -> None:
         (b"hello", "can't be told.*not multiboot.*not elf.*not bootsector.*not firmware.*--format"),
         (SECTOR + b"\0" * 512, r"not bootsector: it has 1024 bytes.*no disk"),
         (rom(0x1000, b"\0"), "no jump at its reset vector"),
-        (b"\0" * 0x202 + b"HdrS" + b"\0" * 100, "Linux bzImage"),
+        (b"\0" * 0x202 + b"HdrS" + b"\0" * 100, r"version 0\.00 of the boot protocol"),
         (b"\x1f\x8b\x08", "gzip"),
         (b"MZ" + b"\0" * 100, "EFI"),
         (b"QFI\xfb" + b"\0" * 100, "qcow2"),

@@ -14,7 +14,7 @@ def scribble(board: Board) -> None:
     """Leave a mark in every device."""
     for port, value in (
         (0x64, 0xD0), (0x70, 0x40), (0x71, 0x77), (0x80, 0x42), (0x92, 0x00), (0xCF9, 0x02), (0x3FF, 0x99),
-        (0x3FC, 0x08), (0x3F9, 0x02),
+        (0x3FC, 0x08), (0x3F9, 0x02), (0x602, 0x20),
     ):  # fmt: skip
         board.bus.port_out(port, 1, value)
     board.serial.feed(b"waiting")
@@ -25,7 +25,7 @@ def test_a_saved_board_comes_back(board: Board, platform) -> None:
     scribble(board)
     saved = board.save()
     assert {name for name in saved if saved[name] != fresh[name]} == {
-        "i8042", "cmos", "post", "port92", "uart", "reset_control",
+        "i8042", "cmos", "post", "port92", "uart", "reset_control", "power_control",
     }  # fmt: skip
     board.load(fresh)
     assert board.save() == fresh
@@ -47,6 +47,7 @@ def test_reset_leaves_what_power_on_leaves_but_for_the_battery_and_the_line(boar
 
 @pytest.mark.parametrize("name", [
     "i8042", "cmos", "post", "port92", "debugcon_e9", "debug_exit", "uart", "debugcon_402", "reset_control",
+    "power_control",
 ])  # fmt: skip
 def test_a_damaged_device_state_changes_no_device(board: Board, name: str) -> None:
     fresh = board.save()
