@@ -137,7 +137,7 @@ PHYSICAL_BITS = 39
 """Width of a guest-physical address: one bit less than the emulator has."""
 
 ES, CS, SS, DS, FS, GS = range(6)
-RAX, RCX, RDX, RBX, RSP = range(5)
+RAX, RCX, RDX, RBX, RSP, _, RSI, RDI = range(8)
 
 CR0_PE, CR0_PG = 1 << 0, 1 << 31
 CR4_TSD, CR4_PSE, CR4_PAE, CR4_OSFXSR, CR4_SMAP = 1 << 2, 1 << 4, 1 << 5, 1 << 9, 1 << 21

@@ -18,6 +18,8 @@ _FEATURES_EDX = 0x078B_BBFD
 """FPU to SSE2 without VME, MCA."""
 _LEAF7_EBX = 0x389
 """FSGSBASE BMI1 SMEP BMI2 ERMS."""
+_LEAF7_EDX = 1 << 29
+"""ARCH_CAPABILITIES."""
 _EXTENDED_ECX, _EXTENDED_EDX = 0x21, 0x2810_0800
 """LAHF and ABM; SYSCALL NX RDTSCP LM."""
 _BRAND = b"vmdeck software CPU (Unicorn)".ljust(48, b"\0")
@@ -35,10 +37,10 @@ _LEAVES: tuple[tuple[int, int | None, tuple[int, ...]], ...] = (
     (0x4, 0, (0x121, 0x01C0003F, 0x3F, 1)),
     (0x4, 1, (0x122, 0x01C0003F, 0x3F, 1)),
     (0x4, 2, (0, 0, 0, 0)),
-    (0x7, 0, (0, _LEAF7_EBX, 0, 0)),
+    (0x7, 0, (0, _LEAF7_EBX, 0, _LEAF7_EDX)),
     (0xB, 0, (0, 0, 0, 0)),
     (0xB, 1, (0, 0, 0, 0)),
-    (0x15, None, (1, 40, 25_000_000, 0)),  # 25 MHz crystal × 40: the TSC's 1 GHz
+    (0x15, None, (1, 1, 1_000_000_000, 0)),  # a 1 GHz crystal: what the APIC timer counts, and × 1 the TSC
     (0x40000000, None, (0x40000000, *_text(b"vmdecksoftwr"))),
     (0x80000000, None, (0x80000008, 0, 0, 0)),
     (0x80000001, None, (SIGNATURE, 0, _EXTENDED_ECX, _EXTENDED_EDX)),

@@ -26,8 +26,12 @@ os.environ.setdefault("UC_IGNORE_REG_BREAK", "1")
 PHYSICAL_BITS = context.PHYSICAL_BITS + 1
 """Width of a guest-physical address in the emulator."""
 
+_PORT_REGISTERS = (context.RAX, context.RCX, context.RSI, context.RDI)
+"""What IN, OUT and their string forms change, besides RIP."""
+
 NOTHING = -1
 """The run ended with its budget, or was cut."""
+GENERAL_PROTECTION = 13
 SYSCALL, SYSENTER, GAVE_UP, BREAKPOINT = 0x10000, 0x10001, 0x10002, 0x10003
 INTERCEPT = 0x100
 """Added to an SVM exit code: the instruction stands at RIP and has not been run."""
@@ -98,6 +102,7 @@ class Engine:
         self._readonly: list[tuple[int, int, int]] = []
         self._unprotected: dict[int, tuple[int, bytes]] = {}
         self._failure: BaseException | None = None
+        self._refused: tuple[int, list[int]] | None = None
         uclib.uc_context_save(self._handle, self._saved)
         self.cpu.vmcb = _HIDDEN
         self.cpu.intercept = ALWAYS
@@ -144,6 +149,18 @@ class Engine:
         """End the run before its next instruction. Safe inside every hook, where stopping the emulator is not."""
         self._budget.value = 0
 
+    def look(self) -> None:
+        """Inside a port hook: make ``cpu`` what it is now, RIP on the instruction; of RFLAGS not the arithmetic flags."""
+        uclib.uc_context_save(self._handle, self._saved)
+
+    def refuse(self) -> None:
+        """Inside a port hook, after ``look``: let the instruction have been a general protection fault.
+
+        The emulator goes on to the instruction's end, and INS writes what the hook returns to memory once.
+        """
+        self._refused = self.cpu.rip, [self.cpu.regs[number] for number in _PORT_REGISTERS]
+        self.cut()
+
     def spend(self, instructions: int) -> None:
         """Take so many off what is left of the run."""
         self._budget.value = max(0, self._budget.value - instructions)
@@ -170,8 +187,14 @@ class Engine:
             else:
                 event = GAVE_UP
                 self.error = uclib.uc_strerror(status).decode()
-        begun = self._counter.value
-        return event, begun - 1 if event in _NOT_BEGUN else begun
+        begun = self._counter.value - (event in _NOT_BEGUN)
+        if self._refused is not None:
+            (self.cpu.rip, values), self._refused = self._refused, None
+            for number, value in zip(_PORT_REGISTERS, values, strict=True):
+                self.cpu.regs[number] = value
+            self.cpu.error_code = 0
+            event = GENERAL_PROTECTION
+        return event, begun
 
     def commit(self, *, flush: bool = False) -> None:
         """Give the changed ``cpu`` back; ``flush`` when paging has changed."""

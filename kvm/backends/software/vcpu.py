@@ -19,6 +19,7 @@ from kvm.backends.software.ioapic import Ioapic
 from kvm.backends.software.lapic import BASE_ENABLED, Lapic
 from kvm.backends.software.msr import STORED, Msrs, Refused
 from kvm.backends.software.paging import Fault
+from kvm.backends.software.port_rights import may_use
 from kvm.backends.software.state import Invalid
 from kvm.errors import KvmError, SubstateError
 from kvm.x86.structs import (
@@ -185,6 +186,8 @@ class SoftwareVcpu:
     def port_in(self, port: int, size: int) -> int:
         scheduler = self.vm.scheduler
         scheduler.charge()
+        if not self._may_use(port, size):
+            return 0
         if port in self.vm.ports:
             with scheduler.changed:
                 return self.vm.port_in(port, size)
@@ -194,6 +197,8 @@ class SoftwareVcpu:
     def port_out(self, port: int, size: int, value: int) -> None:
         scheduler = self.vm.scheduler
         scheduler.charge()
+        if not self._may_use(port, size):
+            return
         if port in self.vm.ports:
             with scheduler.changed:
                 self.vm.port_out(port, size, value)
@@ -201,6 +206,13 @@ class SoftwareVcpu:
             return
         assert self.bus is not None
         self.bus.port_out(port, size, value)
+
+    def _may_use(self, port: int, size: int) -> bool:
+        self.engine.look()
+        if may_use(self.cpu, self.vm.slots, port, size):
+            return True
+        self.engine.refuse()
+        return False
 
     def mmio_read(self, address: int, size: int) -> int:
         scheduler = self.vm.scheduler

@@ -175,6 +175,7 @@ class Guest:
             self.write(TSS + 36, struct.pack("<Q", IST1))
         else:
             self.write(TSS + 4, struct.pack("<II", RSP0, DATA32))
+        self.write(TSS + 102, struct.pack("<H", 0x68))  # no I/O bitmap: it would begin past the limit
 
     def gate(self, vector: int, *, wide: bool = True, stack: int = 0, kind: int = 0x8E, selector: int = 0) -> None:
         """An interrupt gate to the vector's stub, DPL 3 unless ``kind`` says other."""

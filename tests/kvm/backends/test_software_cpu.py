@@ -21,6 +21,7 @@ from tests.kvm.backends.software import (
     RSP0,
     STACK,
     TABLES,
+    TSS,
     USER64,
     USER_DATA,
     USER_STACK,
@@ -77,6 +78,64 @@ def test_string_io_with_rep_counts_and_moves(make: Make) -> None:
     assert guest.read(0x6000, 6) == b"ZZZZZ\0"
     assert guest.bus.values(0x80) == [0x5A] * 5 + [0x5A5A] * 2
     assert sum(kind == "in" for kind, *_ in guest.bus.seen) == 5
+
+
+IN_USER_MODE = GO_USER.replace("$0x202", "$0x203")
+"""With IOPL 0 and the carry flag set."""
+PORT_FAULT = """
+    .org HANDLER
+    mov %rsi, 0x6000; mov %rdi, 0x6008; mov %rcx, 0x6010; mov %rax, 0x6018
+    jmp stop
+"""
+
+
+@pytest.mark.parametrize("body", ["out %al, $0x80", "in $0x80, %al", "in %dx, %eax", "rep outsb", "rep insw", "outsl"])
+def test_ports_are_refused_to_user_mode(make: Make, body: str) -> None:
+    guest = make(
+        f"""
+        mov $0x7000, %esi; mov $0x7100, %edi; mov $3, %ecx; mov $0x11223344, %eax; mov $0x80, %edx
+        {IN_USER_MODE.replace("user:", "")}
+    user: {body}
+        nop
+    stop: {STOP} {PORT_FAULT}""",
+        "long",
+    )
+    guest.run()
+    vector, code, rip, _, flags = guest.frame(5)
+    assert (vector, code) == (GP, 0)
+    assert guest.read(rip, 12)[:2] != b"\x90\xe6", "it points at the instruction"
+    assert flags & 1, "arithmetic flags and all as before it"
+    assert [guest.u64(0x6000 + at) for at in (0, 8, 16, 24)] == [0x7000, 0x7100, 3, 0x11223344]
+    assert guest.bus.seen == []
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed"),
+    [
+        ("out %al, $0x81", True),
+        ("out %al, $0x80", False),
+        ("out %al, $0x82", False),
+        ("mov $0x87, %edx; out %ax, %dx", True),
+        ("mov $0x81, %edx; out %ax, %dx", False),
+        ("mov $0x100, %edx; out %al, %dx", False),
+    ],
+)
+def test_the_tasks_bitmap_says_which_ports_user_mode_has(make: Make, body: str, allowed: bool) -> None:
+    guest = make(f"{IN_USER_MODE} {body}; ud2 \n stop: {STOP} {PORT_FAULT}", "long")
+    guest.write(TSS + 0x68, b"\xff" * 16 + bytes((0b0111_1101, 0b1111_1110)) + b"\xff" * 6)
+    sregs = guest.sregs()
+    sregs.tr.limit = 0x68 + 0x20
+    guest.put(0, sregs=sregs)
+    guest.run()
+    assert guest.frame(1) == [UD if allowed else GP]
+    assert len(guest.bus.seen) == allowed
+
+
+def test_iopl_gives_user_mode_all_ports(make: Make) -> None:
+    guest = make(GO_USER.replace("$0x202", "$0x3202") + "out %al, $0x80; ud2", "long")
+    guest.run()
+    assert guest.frame(1) == [UD]
+    assert len(guest.bus.seen) == 1
 
 
 def test_mmio_of_every_width_happens_once(make: Make) -> None:
@@ -498,6 +557,45 @@ def test_the_tsc_counts_instructions(make: Make) -> None:
     guest.run()
     assert guest.u32(0x6000) == 102 * 10 + 1000, "10 ns an instruction, 1 µs for leaving the emulator; 1 GHz"
     assert guest.u32(0x6004) == 9
+
+
+def test_the_apic_timer_counts_the_crystal_that_cpuid_tells_of(make: Make) -> None:
+    """Linux takes that for its frequency, and does not measure it (native_calibrate_tsc)."""
+    guest = make(
+        f"""
+        mov $0x15, %eax; cpuid; mov %eax, 0x6000; mov %ebx, 0x6004; mov %ecx, 0x6008
+        mov $0xfee00000, %ebx
+        movl $0x1ff, 0xf0(%rbx); movl $0x10000, 0x320(%rbx); movl $0xb, 0x3e0(%rbx); movl $-1, 0x380(%rbx)
+        mov 0x390(%rbx), %r8d; rdtsc; mov %eax, %r9d
+        mov $1000, %ecx; loop .
+        mov 0x390(%rbx), %r10d; rdtsc
+        sub %r9d, %eax; sub %r10d, %r8d
+        mov %eax, 0x600c; mov %r8d, 0x6010
+        {STOP}""",
+        "long",
+    )
+    guest.write(TABLES + 0x1018, struct.pack("<Q", 0xC0000087))  # the fourth GiB, 1:1
+    guest.run()
+    denominator, numerator, crystal, tsc, timer = (guest.u32(0x6000 + at) for at in range(0, 20, 4))
+    assert crystal * numerator // denominator == 1_000_000_000
+    assert crystal == 1_000_000_000 * timer // tsc
+
+
+def test_microcode_is_asked_for_as_intel_says_and_the_processor_runs_ahead_of_nothing(make: Make) -> None:
+    guest = make(
+        f"""
+        mov $0x8b, %ecx; xor %eax, %eax; xor %edx, %edx; wrmsr
+        mov $1, %eax; cpuid
+        mov $0x8b, %ecx; rdmsr; mov %edx, 0x6000
+        mov $7, %eax; xor %ecx, %ecx; cpuid; mov %edx, 0x6004
+        mov $0x10a, %ecx; rdmsr; mov %eax, 0x6008
+        {STOP}""",
+        "long",
+    )
+    guest.run()
+    assert guest.u32(0x6000) == 1
+    assert guest.u32(0x6004) >> 29 & 1
+    assert guest.u32(0x6008) & 1, "RDCL_NO: no need for page table isolation"
 
 
 def test_cr8_is_the_apics_priority(make: Make) -> None:
