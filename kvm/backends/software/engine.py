@@ -150,7 +150,7 @@ class Engine:
         self._budget.value = 0
 
     def look(self) -> None:
-        """Inside a port hook: make ``cpu`` what it is now, RIP on the instruction; of RFLAGS not the arithmetic flags."""
+        """Inside a port hook: make ``cpu`` what it is now, RIP on the instruction; not RFLAGS' arithmetic flags."""
         uclib.uc_context_save(self._handle, self._saved)
 
     def refuse(self) -> None:
