@@ -21,7 +21,7 @@ STORED = {0x1A0: 1, 0x277: 0x0007_0406_0007_0406, 0x17A: 0, **dict.fromkeys(_MTR
 """Those that only hold what was written, with their values at power-on."""
 _READ_ONLY = {0xFE: 0x508, 0x179: 0, 0x8B: 0x1_0000_0000, 0xCE: 0, 0x10A: 0x4000_0000_0D10_E179}
 """MTRRcap, MCG_CAP, the microcode revision, PLATFORM_INFO, ARCH_CAPABILITIES: nothing here runs ahead of what
-the guest may do, so it's free of RDCL, SSB, MDS, PSCHANGE_MC, TAA, SBDR_SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS and ITS,
+the guest may do, so RDCL, SSB, MDS, PSCHANGE_MC, TAA, SBDR_SSDP, FBSDP, PSDP, BHI, PBRSB, GDS, RFDS and ITS can't be,
 and there's no L1 cache to flush."""
 _WRITES_IGNORED = frozenset((0x79, 0x8B))
 """The microcode's update trigger and revision: guests write them before they ask (KVM does the same)."""
