@@ -71,6 +71,9 @@ UNDEFINED_FLAGS: Mapping[str, int] = {
 UNDEFINED_IF_ZERO = frozenset(("bsf", "bsr"))
 """Instructions whose result the SDM leaves undefined if ZF is set after them."""
 
+FAR_TRANSFERS = frozenset(("ljmp", "lcall", "retf", "retfq", "iret", "iretd", "iretq"))
+"""Instructions that load CS from a descriptor, whose accessed bit a processor sets in memory; the emulator doesn't."""
+
 TIME_AND_CHANCE = frozenset(("rdtsc", "rdtscp", "rdrand", "rdseed"))
 """Instructions whose result is the host's."""
 HOST_MSRS = frozenset((0x10, 0x6E0, 0x8B, 0xCE, 0x179, 0x1A0))
@@ -87,6 +90,8 @@ RESET_PORTS = (0x64, 0x92, 0xCF9)
 """Keyboard controller, system control port A, chipset: a write may have the machine's supervisor reset it."""
 
 _CMOS_DATA = 0x71
+_ACCESS_RIGHTS, _ACCESSED = 5, 0x1
+"""The byte of a descriptor with the type, and its lowest bit."""
 _ACCESSED_DIRTY = 0x60
 """Bits that a processor may set in page tables before it has to."""
 _NEEDS_ANOTHER = (MP_STATE_UNINITIALIZED, MP_STATE_INIT_RECEIVED)
@@ -308,6 +313,16 @@ class Lockstep:
                 self._sent = True
         if layout.LAPIC in (page for page, _, written in self._accesses(code, before) if written):
             self._sent = True
+        if code.name in FAR_TRANSFERS:
+            self._mark_accessed(self._registers(0, vcpu))
+
+    def _mark_accessed(self, at: _Registers) -> None:
+        """Have the descriptor of CS be accessed in both memories, if it is in the reference's."""
+        place = self._physical(at, at.sregs.gdt.base + (at.sregs.cs.selector & ~7) + _ACCESS_RIGHTS)
+        mine, theirs = (b"" if place is None else read(place, 1) for read in self._memory)
+        if place is not None and mine != theirs and mine[0] == theirs[0] | _ACCESSED:
+            self._machines[1].write_memory(place, mine)
+            self._outcome.taken["the accessed bit of a code segment's descriptor"] += 1
 
     def _states(self) -> list[MachineState]:
         """Everything, read between two steps of a window; given back at once, for the reason of ``_restore``."""

@@ -14,6 +14,9 @@ _IGNORED_FLAGS = 1 << 8 | 1 << 16
 """TF and RF: a debugger's single step sets them."""
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 _SEGMENT_FIELDS = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g", "unusable")
+_NULL_STACK_FIELDS = ("selector", "dpl")
+"""What means something in an SS that 64-bit code has loaded with a null selector: KVM's emulator makes it a usable one."""
+_LMA = 1 << 10
 _STACK_TOP = 7 << 11
 """Of x87's status word: most instructions leave its condition codes undefined."""
 _STICKY = 0x3F
@@ -45,7 +48,8 @@ def _sregs(one: bytes, two: bytes) -> Values:
         segments = getattr(mine, name), getattr(theirs, name)
         if all(segment.unusable for segment in segments):
             continue  # an unusable segment's attributes mean nothing
-        for part in _SEGMENT_FIELDS:
+        null = name == "ss" and mine.efer & _LMA and not any(segment.selector & ~3 for segment in segments)
+        for part in _NULL_STACK_FIELDS if null else _SEGMENT_FIELDS:
             pairs[f"{name}.{part}"] = getattr(segments[0], part), getattr(segments[1], part)
     return _differing(pairs)
 

@@ -103,6 +103,31 @@ def test_nothing_differs(reference: System, tmp_path: Path, guest: str, vcpus: i
 
 
 @pytest.mark.kvm
+def test_descriptors_that_have_not_been_used_and_a_null_stack_segment(reference: System, tmp_path: Path) -> None:
+    """What Linux does first: a GDT whose descriptors aren't accessed yet, a far return into it, SS = 0."""
+    source = """
+        xor eax, eax
+        mov ss, eax
+        lgdt [table]
+        push 0x10
+        lea rax, [there]
+        push rax
+        retfq
+    there:
+        mov rbx, [gdt + 0x18]
+        mov rcx, [gdt + 0x10]
+        hlt
+        .balign 8
+    gdt: .quad 0, 0, 0x00af9a000000ffff, 0x00cf92000000ffff
+    table: .word . - gdt - 1; .quad gdt
+    """
+    with pair(guest(tmp_path, source), reference=reference) as both:
+        outcome = both.run(100)
+    assert (outcome.difference, outcome.taken["the accessed bit of a code segment's descriptor"]) == (None, 1)
+    assert outcome.steps == 10
+
+
+@pytest.mark.kvm
 @pytest.mark.slow
 @each([*GUESTS, *ALONE])
 def test_nothing_differs_for_long(reference: System, tmp_path: Path, guest: str, vcpus: int) -> None:

@@ -24,6 +24,7 @@ LIMITS: tuple[tuple[str, str], ...] = (
     ("hardware task switches through the IDT", "a task gate stops the guest with an internal error"),
     ("the guest's own DR0-3 breakpoints", "held, but never hit"),
     ("segment limits, stack limits, alignment checks (#AC)", "not enforced"),
+    ("accessed bits of descriptors", "far jumps, returns and interrupts don't set a code segment's in memory"),
     ("PAE PDPTRs", "read from memory at each page walk, not when CR3 is loaded"),
     ("x87 exceptions, precision control", "as QEMU's TCG: IEEE flags, no trap through IRQ 13"),
     ("MTRR, PAT", "held, without effect"),

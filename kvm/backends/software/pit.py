@@ -51,9 +51,9 @@ class Pit:
         channel = self._state.channels[0]
         elapsed = self._elapsed(0)
         clocks: int | None = None
-        if channel.mode in _PERIODIC:
+        if channel.gate and channel.mode in _PERIODIC:
             clocks = (elapsed // channel.count + 1) * channel.count
-        elif channel.mode in (0, 1, 4) and elapsed < channel.count:
+        elif channel.gate and channel.mode in (0, 1, 4) and elapsed < channel.count:
             clocks = channel.count
         self.due = None if clocks is None else channel.count_load_time - (-clocks * _SECOND // FREQUENCY)
         self._timers_changed()
@@ -86,6 +86,7 @@ class Pit:
         channel.count = value or 0x10000
         channel.count_load_time = self._now()
         if number == 0:
+            channel.gate = True
             self.schedule()
 
     def read(self, port: int) -> int:
@@ -152,8 +153,9 @@ class Pit:
             channel.bcd = value & 1
             channel.rw_mode = channel.read_state = channel.write_state = access
             if number == 0:
-                self.due = None
-                self._timers_changed()
+                # It stands until a count comes. Its gate, which nothing else can close, says so in a saved state too.
+                channel.gate = False
+                self.schedule()
 
     def _read_back(self, number: int, *, count: bool, status: bool) -> None:
         channel = self._state.channels[number]

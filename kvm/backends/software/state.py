@@ -30,6 +30,7 @@ _ATTRIBUTES = (
     ("g", 23, 1),
 )  # fmt: skip
 _AVAILABLE_TSS, _BUSY = (0x1, 0x9), 0x2
+_ACCESSED = 0x1
 _CR0_NW, _CR0_CD = 1 << 29, 1 << 30
 _MXCSR_MASK = 0xFFFF
 _X87_SSE = 3
@@ -66,6 +67,9 @@ def _segment(base: int, limit: int, selector: int, flags: int) -> Segment:
     out = Segment(base, limit, selector)
     for name, shift, mask in _ATTRIBUTES:
         setattr(out, name, flags >> shift & mask)
+    if out.s and out.present:
+        # The emulator's far jumps and returns leave CS as the descriptor was; VM entry insists on this bit too.
+        out.type |= _ACCESSED
     out.unusable = not out.present
     return out
 

@@ -15,6 +15,7 @@ from tests.kvm.backends.software import (
     CODE64,
     DATA,
     DATA32,
+    GDT,
     IDT,
     IST1,
     ORIGIN,
@@ -346,6 +347,15 @@ def test_an_ist_entry_switches_the_stack_without_a_change_of_privilege(make: Mak
     guest.run()
     assert IST1 - 64 < guest.regs().rsp < IST1
     assert guest.frame(7)[5:] == [STACK, DATA]
+
+
+def test_a_code_segment_counts_as_accessed_whatever_its_descriptor_says(make: Make) -> None:
+    """VM entry insists on it (SDM vol. 3C, 27.3.1.2): a snapshot must do on KVM."""
+    guest = make(f"push ${CODE64}; push $there; lretq\n there: {STOP}", "long")
+    descriptor = GDT + CODE64 + 5
+    guest.write(descriptor, bytes((guest.read(descriptor, 1)[0] & ~1,)))
+    guest.run()
+    assert guest.sregs().cs.type == 0xB
 
 
 def test_user_mode_and_back_by_exception_on_the_kernel_stack(make: Make) -> None:

@@ -223,6 +223,26 @@ def test_the_pit_ticks(make: Make, way: str) -> None:
     assert guest.vm.now() // 1_000_000 == 5, "5 ticks at 1 kHz"  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("control", [0x30, 0x34])
+def test_a_control_word_stops_the_pit_in_a_saved_state_too(make: Make, control: int) -> None:
+    """Linux' way to switch it off (clockevent_i8253_disable): a copy of the machine must not see it tick again."""
+    guest = make(
+        f""".code32
+        {PIT_1KHZ}
+        mov ${control}, %al; out %al, $0x43
+        out %al, $0xf4""",
+        "protected",
+    )
+    guest.run()
+    rows = [row for row in guest.machine_rows if row.name == "pit"]
+    saved = guest.vm.get(rows)
+    copy = make(".code32\n mov $0x10, %al; out %al, $0x40; out %al, $0x40; out %al, $0xf4", "protected")
+    copy.vm.put([(row, raw) for row, raw in zip(rows, saved, strict=True)])
+    assert (guest.vm._pit.due, copy.vm._pit.due) == (None, None)  # type: ignore[attr-defined]
+    copy.run()
+    assert copy.vm._pit.due is not None, "a count starts it"  # type: ignore[attr-defined]
+
+
 def test_pit_channel_2_and_port_61_measure_time_as_seabios_does(make: Make) -> None:
     guest = make(
         """.code32
