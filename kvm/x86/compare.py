@@ -15,7 +15,7 @@ _IGNORED_FLAGS = 1 << 8 | 1 << 16
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 _SEGMENT_FIELDS = ("base", "limit", "selector", "type", "present", "dpl", "db", "s", "l", "g", "unusable")
 _NULL_STACK_FIELDS = ("selector", "dpl")
-"""What means something in an SS that 64-bit code has loaded with a null selector: KVM's emulator makes it a usable one."""
+"""What means something in an SS that 64-bit code has loaded with a null selector; KVM's emulator makes that usable."""
 _LMA = 1 << 10
 _STACK_TOP = 7 << 11
 """Of x87's status word: most instructions leave its condition codes undefined."""
