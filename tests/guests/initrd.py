@@ -1,10 +1,15 @@
-"""An initrd made here: a cpio archive ("newc", the kernel's buffer-format.rst) with /init, and a console for it."""
+"""An initrd made here: a cpio archive ("newc", the kernel's buffer-format.rst) with /init, and a console for it.
+
+``python -m tests.guests.initrd FILE`` writes one.
+"""
 
 from __future__ import annotations
 
 import shutil
 import stat
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "init.c"
@@ -38,3 +43,8 @@ def archive(*files: tuple[str, int, bytes, tuple[int, int]]) -> bytes:
         packed += bytes(-len(packed) % 4) + data
         packed += bytes(-len(packed) % 4)
     return packed
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        Path(sys.argv[1]).write_bytes(initrd(Path(folder)))
