@@ -1,12 +1,13 @@
 """The instructions that the emulator hands out: CPUID, RDTSC, RDMSR and WRMSR, HLT, PAUSE, CR8, MONITOR and MWAIT.
 
-Each is a function of the VCPU, called with RIP on the instruction; it leaves RIP behind it, or raises paging.Fault.
+Each is a function of the VCPU and the instruction's bytes, called with RIP on it; it leaves RIP behind it, or raises
+paging.Fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvm.backends.software import context, engine, paging
 from kvm.backends.software.context import CS, RAX, RBX, RCX, RDX
@@ -43,20 +44,28 @@ def linear_rip(vcpu: SoftwareVcpu) -> int:
     return (cpu.segs[CS].base + cpu.rip) & _LOW
 
 
-def _opcode(vcpu: SoftwareVcpu) -> tuple[int, int, bytes]:
-    """Bytes of prefixes, the REX prefix (0 for none) and the code from the opcode on."""
+class Instruction(NamedTuple):
+    """``prefixes``: how many, REX included; ``rex``: that prefix, 0 for none; ``opcode``: the code from there on."""
+
+    prefixes: int
+    rex: int
+    opcode: bytes
+
+
+def at_rip(vcpu: SoftwareVcpu) -> Instruction:
+    """The instruction at RIP, taken apart as far as it takes here."""
     code, at, rex = code_at_rip(vcpu), 0, 0
     while at < len(code) and code[at] in _LEGACY_PREFIXES:
         at += 1
     if context.code64(vcpu.cpu) and at < len(code) and code[at] & 0xF0 == 0x40:
         rex = code[at]
         at += 1
-    return at, rex, code[at:]
+    return Instruction(at, rex, code[at:])
 
 
-def _advance(vcpu: SoftwareVcpu, length: int) -> None:
+def _advance(vcpu: SoftwareVcpu, instruction: Instruction, length: int) -> None:
     cpu = vcpu.cpu
-    rip = cpu.rip + _opcode(vcpu)[0] + length
+    rip = cpu.rip + instruction.prefixes + length
     cpu.rip = rip if context.code64(cpu) else rip & _LOW
     cpu.rflags &= ~context.RFLAGS_RF
 
@@ -66,7 +75,7 @@ def _privileged(vcpu: SoftwareVcpu) -> None:
         raise Fault(13, 0)
 
 
-def _cpuid(vcpu: SoftwareVcpu) -> None:
+def _cpuid(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
     regs = vcpu.cpu.regs
     answer = vcpu.cpuid.answer(regs[RAX] & _LOW, regs[RCX] & _LOW)
     function = regs[RAX] & _LOW
@@ -74,24 +83,24 @@ def _cpuid(vcpu: SoftwareVcpu) -> None:
     if function == 1 and not vcpu.lapic.base & 1 << 11:
         regs[RDX] &= ~(1 << 9)
     vcpu.code_may_have_changed()  # CPUID serialises: code that another VCPU wrote counts from here on
-    _advance(vcpu, 2)
+    _advance(vcpu, instruction, 2)
 
 
-def _rdtsc(vcpu: SoftwareVcpu) -> None:
+def _rdtsc(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
     regs, tsc = vcpu.cpu.regs, vcpu.lapic.tsc()
     regs[RAX], regs[RDX] = tsc & _LOW, tsc >> 32
-    with_aux = _opcode(vcpu)[2][:2] == b"\x0f\x01"
+    with_aux = instruction.opcode[:2] == b"\x0f\x01"
     if with_aux:
         regs[RCX] = vcpu.cpu.tsc_aux & _LOW
-    _advance(vcpu, 3 if with_aux else 2)
+    _advance(vcpu, instruction, 3 if with_aux else 2)
 
 
-def _msr(vcpu: SoftwareVcpu) -> None:
+def _msr(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
     _privileged(vcpu)
     regs = vcpu.cpu.regs
     index = regs[RCX] & _LOW
     try:
-        if _opcode(vcpu)[2][1] == 0x32:
+        if instruction.opcode[1] == 0x32:
             value = vcpu.msrs.read(index)
             regs[RAX], regs[RDX] = value & _LOW, value >> 32
         else:
@@ -99,37 +108,36 @@ def _msr(vcpu: SoftwareVcpu) -> None:
             vcpu.paging_changed = True  # EFER.NXE
     except Refused:
         raise Fault(13, 0) from None
-    _advance(vcpu, 2)
+    _advance(vcpu, instruction, 2)
 
 
-def _hlt(vcpu: SoftwareVcpu) -> None:
-    _advance(vcpu, 1)
+def _hlt(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
+    _advance(vcpu, instruction, 1)
     vcpu.mp_state = MP_STATE_HALTED
 
 
-def _pause(vcpu: SoftwareVcpu) -> None:
-    _advance(vcpu, 1)
+def _pause(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
+    _advance(vcpu, instruction, 1)
     vcpu.vm.scheduler.give_way()
 
 
-def _cr8(vcpu: SoftwareVcpu) -> None:
+def _cr8(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
     _privileged(vcpu)
-    _, rex, code = _opcode(vcpu)
-    register = code[2] & 7 | (rex & 1) << 3
-    if code[1] == 0x20:
+    register = instruction.opcode[2] & 7 | (instruction.rex & 1) << 3
+    if instruction.opcode[1] == 0x20:
         vcpu.cpu.regs[register] = vcpu.lapic.tpr >> 4
     else:
         if vcpu.cpu.regs[register] >> 4:
             raise Fault(13, 0)
         vcpu.lapic.tpr = vcpu.cpu.regs[register] << 4
-    _advance(vcpu, 3)
+    _advance(vcpu, instruction, 3)
 
 
-def _undefined(vcpu: SoftwareVcpu) -> None:
+def _undefined(vcpu: SoftwareVcpu, instruction: Instruction) -> None:
     raise Fault(6, None)
 
 
-TABLE: dict[int, Callable[[SoftwareVcpu], None]] = {
+TABLE: dict[int, Callable[[SoftwareVcpu, Instruction], None]] = {
     engine.CPUID: _cpuid,
     engine.RDTSC: _rdtsc,
     engine.RDTSCP: _rdtsc,

@@ -81,6 +81,8 @@ def _pieces(linear: int, size: int) -> list[tuple[int, int]]:
 def read(cpu: Context, slots: Slots, linear: int, size: int, *, user: bool = False) -> bytes:
     """Up to a page of guest-virtual memory. Raises Fault."""
     pieces = _pieces(linear, size)
+    if len(pieces) == 1:
+        return slots.read(translate(cpu, slots, linear, user=user), size)
     return b"".join(slots.read(translate(cpu, slots, at, user=user), length) for at, length in pieces)
 
 

@@ -639,7 +639,7 @@ class SoftwareVcpu:
         self.vm.scheduler.charge()
         trap = self.cpu.rflags & RFLAGS_TF
         try:
-            handler(self)
+            handler(self, instructions.at_rip(self))
         except Fault as fault:
             return self._deliver(delivery.exception(self.cpu, fault.vector, fault.error_code or 0))
         self.cpu.hflags &= ~HF_INHIBIT_IRQ
