@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     image.add_argument("--address", metavar="ADDR", help="guest-physical address to load a flat binary at, as 0x100000")
     image.add_argument("--initrd", metavar="FILE", type=Path, help="the initial RAM disk of a Linux kernel")
     image.add_argument(
-        "--append", metavar="TEXT", help="the command line of a Linux kernel, all of it (default: README, Guests)"
+        "--append",
+        metavar="TEXT",
+        help="the command line of a Linux kernel, all of it (default: console=ttyS0 earlyprintk=ttyS0)",
     )
 
     run = commands.add_parser("run", parents=[machine, image], help="open the workstation on a guest image")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import FORMATS
-from kvm.boot import loader
+from kvm.boot import linux, loader
 from tests.app import guests
 from tests.app.process import EMPTY_DEV, LIMIT, Terminal, in_namespace, refused, vmdeck
 from tests.guests.assemble import BinutilsMissing, assemble
@@ -27,7 +27,7 @@ def image(tmp_path: Path) -> str:
     return str(path)
 
 
-LINUX = Path(__file__).parents[1] / "guests" / "linux.S"
+GUEST = Path(__file__).parents[1] / "guests" / "linux.S"
 FLAT = ("--format", "flat16", "--address", "0x7c00", "--memory", "2M", "--vcpus", "1")
 SOFTWARE = ("--backend", "software", "--headless")
 
@@ -45,6 +45,11 @@ def test_help_names_every_command() -> None:
     assert done.returncode == 0
     for command in (b"demo", b"run", b"doctor"):
         assert command in done.stdout
+
+
+def test_the_command_line_that_help_tells_of_is_the_loaders() -> None:
+    done = vmdeck("run", "--help", env={**os.environ, "COLUMNS": "500"})
+    assert f"(default: {linux.COMMAND_LINE})" in done.stdout.decode()
 
 
 def test_the_formats_offered_are_the_loaders() -> None:
@@ -143,7 +148,7 @@ def test_initrd_and_command_line_are_for_linux(image: str, tmp_path: Path) -> No
 
 def test_a_linux_kernel_gets_what_the_command_line_says(tmp_path: Path) -> None:
     try:
-        code = assemble(LINUX, base=0, format="bin")
+        code = assemble(GUEST, base=0, format="bin")
     except BinutilsMissing as missing:
         pytest.skip(str(missing))
     kernel, initrd = tmp_path / "bzImage", tmp_path / "initrd"

@@ -403,6 +403,16 @@ async def test_tab_goes_round_but_not_into_the_console(desk) -> None:  # type: i
         assert not at.app.query_one(LedgerPane).display
 
 
+async def test_a_machine_that_was_switched_off_says_so_and_ends_without_error(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(guests.POWER_OFF, vcpus=1) as at:
+        await at.press("space")
+        await at.until(lambda: at.phase is Phase.EXITED)
+        await at.until(lambda: "by switching the machine off" in at.text(Banner))
+        assert "vmdeck will return 0." in at.text(Banner)
+        await at.press("q")
+        assert at.app.return_code == 0
+
+
 @BOTH
 async def test_a_triple_fault_is_explained_and_back_mends_it(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(guests.TRIPLE_FAULT_64, format="flat64", vcpus=1) as at:
