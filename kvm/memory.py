@@ -87,6 +87,11 @@ class Memory:
     def page_count(self) -> int:
         return self.size // PAGE_SIZE
 
+    @property
+    def rom(self) -> bytes:
+        """What the ROM holds now."""
+        return b"".join(bytes(region.memory) for region in self.regions if region.readonly)
+
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes at a guest-physical address. Raises MemoryAccessError where there is no memory."""
         return b"".join(
