@@ -125,7 +125,7 @@ class MachineFiles:
         shape: Mapping[str, int],
         table: Table,
         rows: Sequence[Substate],
-        fresh: tuple[Sequence[Mapping[str, bytes]], Mapping[str, bytes]],
+        fresh: MachineState,
         *,
         ran: bool,
         drop: bool,
@@ -144,7 +144,7 @@ class MachineFiles:
                 f"Can't load {chain.path}: it has {'; '.join(differing)}. Start a machine from it: vmdeck run --restore"
             )
         try:
-            state, losses = convert.fit(chain.state, table, rows, *fresh, ran=ran)
+            state, losses = convert.fit(chain.state, table, rows, fresh, ran=ran)
             check(state, table, rows, head.vcpus)
         except (ValueError, MachineError) as error:
             raise SnapshotError(f"Can't load {chain.path}: {error}. Use another snapshot.") from error

@@ -159,9 +159,10 @@ class Target:
         table, rows = vcpu_table(OLD, MSRS), machine_table(OLD)
         with read(path) as file:
             state = file.head.state
-        fresh = [blank(table)] * len(state.vcpus)
+        machine = {row.name: row.template for row in rows}
+        fresh = MachineState((blank(table),) * len(state.vcpus), machine, {})
         try:
-            convert.fit(state, table, rows, fresh, {row.name: row.template for row in rows}, ran=False)
+            convert.fit(state, table, rows, fresh, ran=False)
         except ValueError as error:  # as documented
             raise SnapshotError("can't be carried") from error
 
