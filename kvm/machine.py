@@ -107,8 +107,7 @@ class Machine:
         # Before the first read: it decides what else there is, and which MSRs KVM lets be read (before Linux 6.13).
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
         sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self.chips)
-        self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
-        self._fresh_chips = self.chips.copy
+        self._fresh = MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, self.board.save())
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
 
@@ -224,7 +223,7 @@ class Machine:
                 self.board.reset()
                 self._load_image()
                 self._reset_copies()
-                self.chips.copy = self._fresh_chips
+                self.chips.copy = dict(self._fresh.machine)
                 sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self.chips)
             self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
@@ -363,7 +362,7 @@ class Machine:
                 chain.verify(progress, cancel)
             with self._operation("load a file"):
                 told = [vcpu.copy["cpuid"] for vcpu in self.vcpus] if self._ran else None
-                state, losses = self.files.fit(chain, self._fresh, self._fresh_chips, told=told, drop=drop)
+                state, losses = self.files.fit(chain, self._fresh, told=told, drop=drop)
                 mapped = self.files.map(chain)
                 was_running = self._status.phase is Phase.RUNNING
                 self._take(mapped, state)
@@ -465,6 +464,14 @@ class Machine:
     def request_exit(self, code: int) -> None:
         """The guest ended itself: stop it where it stands."""
         self._stop_soon(lambda: self._guest_exited(code))
+
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """RAM, for a device."""
+        return self.memory.dma_read(address, size)
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """Write RAM for a device."""
+        return self.memory.dma_write(address, data)
 
     # Inside
 
@@ -613,7 +620,7 @@ class Machine:
 
     def _reset_copies(self) -> None:
         """Every copy to its reset value, the BSP then to what the image's format promises at entry."""
-        for vcpu, fresh in zip(self.vcpus, self._fresh, strict=True):
+        for vcpu, fresh in zip(self.vcpus, self._fresh.vcpus, strict=True):
             vcpu.copy.update({**reset.reset_state(fresh, vcpu.index), "cpuid": vcpu.copy["cpuid"]})
         bsp = self.vcpus[0].copy
         kind = Sregs2 if self.table.by_name["sregs"].struct is Sregs2 else Sregs

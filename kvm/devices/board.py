@@ -8,6 +8,7 @@ from kvm.devices.bus import IoBus
 from kvm.devices.cmos import Cmos
 from kvm.devices.console import Console
 from kvm.devices.device import Device
+from kvm.devices.fw_cfg import PORTS, FwCfg
 from kvm.devices.platform import Platform
 from kvm.devices.ports import DebugConsole, DebugExit, Post
 from kvm.devices.resets import KeyboardController, Port92, ResetControl
@@ -39,6 +40,7 @@ class Board:
             (DebugExit(platform), range(0xF4, 0xF8), 4, False),
             (self.serial, range(0x3F8, 0x400), 1, False),
             (DebugConsole("debugcon_402", self.debug_console), range(0x402, 0x403), 1, True),
+            (FwCfg(platform, memory, vcpus), range(0x510, 0x510 + PORTS), 4, False),
             (ResetControl(platform), range(0xCF8, 0xCFC), 4, False),
         )
         for device, ports, width, _ in table:

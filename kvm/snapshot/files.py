@@ -6,7 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,13 +132,12 @@ class MachineFiles:
     def fit(
         self,
         chain: Chain,
-        fresh: Sequence[Mapping[str, bytes]],
-        fresh_machine: Mapping[str, bytes],
+        fresh: MachineState,
         *,
         told: Sequence[bytes] | None,
         drop: bool,
     ) -> tuple[MachineState, tuple[str, ...]]:
-        """The chain's state for this machine, and what it loses. ``fresh``: what its VCPUs hold after machine init.
+        """The chain's state for this machine, and what it loses. ``fresh``: what it holds after machine init.
 
         ``told``: each VCPU's CPUID if the guest ran: what it was told of its processor stands, wherever it came from.
         Raises SnapshotError, SnapshotMismatch unless ``drop`` says to do without.
@@ -154,11 +153,10 @@ class MachineFiles:
                 f"Can't load {chain.path}: it has {'; '.join(differing)}. Start a machine from it: vmdeck run --restore"
             )
         if told is not None:
-            fresh = [{**each, "cpuid": cpuid} for each, cpuid in zip(fresh, told, strict=True)]
+            pairs = zip(fresh.vcpus, told, strict=True)
+            fresh = replace(fresh, vcpus=tuple({**each, "cpuid": cpuid} for each, cpuid in pairs))
         try:
-            state, losses = convert.fit(
-                chain.state, self._table, self._rows, fresh, fresh_machine, ran=told is not None
-            )
+            state, losses = convert.fit(chain.state, self._table, self._rows, fresh, ran=told is not None)
             check(state, self._table, self._rows, head.vcpus)
         except (ValueError, MachineError) as error:
             raise SnapshotError(f"Can't load {chain.path}: {error}. Use another snapshot.") from error

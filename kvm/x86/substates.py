@@ -214,12 +214,16 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
 
 def machine_table(caps: Mapping[str, int]) -> tuple[Substate, ...]:
     """The machine's own substates, in put and get order: the chips, then the clock, before any VCPU runs."""
+    stand = "while all VCPUs stand"
     chips = tuple(
         Substate(
-            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, "while all VCPUs stand", bytes(Irqchip(chip_id=chip)),
-            Irqchip, cap="KVM_CAP_IRQCHIP",
+            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, because, bytes(Irqchip(chip_id=chip)), Irqchip,
+            cap="KVM_CAP_IRQCHIP",
         )
-        for chip, name in enumerate(("pic_master", "pic_slave", "ioapic"))
+        for name, chip, because in (
+            ("pic_slave", 1, f"{stand}; before the master, which would take the old one's request (IRQ 2)"),
+            ("pic_master", 0, stand), ("ioapic", 2, stand),
+        )
     )  # fmt: skip
     rows = (
         *chips,

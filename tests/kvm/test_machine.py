@@ -14,7 +14,7 @@ import pytest
 from kvm.backends.interface import ExitKind, System
 from kvm.errors import ConfigError, MachineError, MemoryAccessError
 from kvm.machine import Activity, Machine, MachineConfig, Phase
-from kvm.x86.structs import PitState2, Regs, Sregs
+from kvm.x86.structs import Irqchip, PitState2, Regs, Sregs
 from tests.kvm.machines import COUNT, EXIT_7, HLT, ORIGIN, ORIGIN_32, OUT_80, RESET_8042, TRIPLE_FAULT, build, until
 
 
@@ -393,3 +393,22 @@ def test_sregs_of_the_view_are_plain_sregs(system: System, tmp_path: Path) -> No
         machine.run()
         sampled(machine)
         assert Sregs.from_buffer_copy(machine.view(0).sregs).cr0 & 1 == 0
+
+
+@pytest.mark.parametrize("how", ["load", "reset"])
+def test_an_interrupt_that_the_slave_8259_asks_for_is_gone_with_the_state_it_was_in(
+    system: System, tmp_path: Path, how: str
+) -> None:
+    """Put before the slave, the master took the old slave's request for one of the new state's: a spurious IRQ 15."""
+    with build(system, tmp_path, COUNT) as machine:
+        quiet = machine.save()
+        chip = Irqchip.from_buffer_copy(quiet.machine["pic_slave"])
+        chip.chip[0] = chip.chip[1] = 1  # last_irr, irr: IRQ 8
+        machine.load(replace(quiet, machine={**quiet.machine, "pic_slave": bytes(chip)}))
+        if how == "load":
+            machine.load(quiet)
+        else:
+            machine.reset()
+        after = machine.save().machine
+        for name in ("pic_master", "pic_slave"):
+            assert after[name] == quiet.machine[name]

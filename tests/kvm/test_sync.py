@@ -218,7 +218,7 @@ def test_a_record_says_who_called_and_how_far_apart_the_vcpus_stopped(machine: M
     assert (machine.ledger.records[-1].caller, machine.ledger.records[-1].hook) == ("edit", "cpu_synchronize_state")
 
 
-CHIPS = ("pic_master", "pic_slave", "ioapic", "pit")
+CHIPS = ("pic_slave", "pic_master", "ioapic", "pit")
 
 
 @pytest.mark.parametrize(

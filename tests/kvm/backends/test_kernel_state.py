@@ -243,7 +243,7 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
         ("KVM_SET_REGS", "regs", 0, here),
         ("KVM_SET_MP_STATE", "mp_state", 0, here),
         ("KVM_IRQ_LINE", "", None, here),
-        ("KVM_GET_IRQCHIP", "pic_master", None, here),
+        ("KVM_GET_IRQCHIP", "pic_slave", None, here),
         ("KVM_RUN", "", 0, here),  # port 0xf4
         ("KVM_RUN", "", 0, here),  # the kick
     ]

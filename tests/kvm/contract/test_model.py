@@ -340,7 +340,7 @@ class ContractModel(RuleBasedStateMachine):
     def reset(self) -> None:
         was_running = self.running()
         self.stop_first()
-        fresh = self.machine._fresh
+        fresh = self.machine._fresh.vcpus
         if self.attempt(self.machine.reset):
             self.half_done = False
             self.written(RESET)

@@ -26,6 +26,13 @@ class Recorder:
     def request_exit(self, code: int) -> None:
         self.exits.append(code)
 
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """There is no memory."""
+        return None
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        return False
+
 
 @pytest.fixture
 def platform() -> Recorder:
