@@ -267,8 +267,7 @@ class Machine:
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
-            self._pages.put_back(checkpoint.index)
-            self._load(checkpoint.state, skew)
+            self._load(checkpoint.state, skew, lambda: self._pages.put_back(checkpoint.index))
             self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
@@ -596,17 +595,25 @@ class Machine:
         )
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, devices)
 
-    def _load(self, state: MachineState, skew_us: float = 0.0) -> None:
-        """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
+    def _load(
+        self, state: MachineState, skew_us: float = 0.0, put_memory_back: Callable[[], object] = lambda: None
+    ) -> None:
+        """All stand, the state fits. Memory first: KVM may look at it while it takes a VCPU's state (PDPTEs). The
+        machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
-            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us)
+            reading = sync.cpu_synchronize_all_pre_loadvm(
+                self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us
+            )
+            put_memory_back()
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
             self.chips.copy = dict(state.machine)
-            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load", chips=self.chips)
+            sync.cpu_synchronize_all_post_init(
+                self.vcpus, ledger=self.ledger, caller="load", chips=self.chips, reading=reading
+            )
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""

@@ -503,9 +503,9 @@ def clear_dirty_before_the_put(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sync._put
 
     def early(vcpu: Any, level: Any) -> Any:
-        done = real(vcpu, level)
+        finish = real(vcpu, level)
         vcpu.dirty = False
-        return done
+        return finish
 
     monkeypatch.setattr(sync, "_put", early)
 
