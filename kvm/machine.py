@@ -261,17 +261,21 @@ class Machine:
                 self._free_pages()
             return checkpoint
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of this machine; the guest goes on if it ran. Raises MachineError, KvmError."""
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go back to a checkpoint of this machine; the guest goes on if it ran. How many pages were copied for it.
+
+        Raises MachineError, KvmError.
+        """
         with self._operation("restore"):
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
-            self._load(checkpoint.state, skew, lambda: self._pages.put_back(checkpoint.index))
+            pages = self._load(checkpoint.state, skew, lambda: self._pages.put_back(checkpoint.index))
             self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
                 self._resume()
+            return pages
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
@@ -595,18 +599,17 @@ class Machine:
         )
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, devices)
 
-    def _load(
-        self, state: MachineState, skew_us: float = 0.0, put_memory_back: Callable[[], object] = lambda: None
-    ) -> None:
-        """All stand, the state fits. Memory first: KVM may look at it while it takes a VCPU's state (PDPTEs). The
-        machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
+    def _load(self, state: MachineState, skew_us: float = 0.0, put_memory_back: Callable[[], int] = lambda: 0) -> int:
+        """All stand, the state fits; returns what ``put_memory_back`` does. Memory first: KVM may look at it while it
+        takes a VCPU's state (PDPTEs). The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932).
+        """
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
             reading = sync.cpu_synchronize_all_pre_loadvm(
                 self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us
             )
-            put_memory_back()
+            pages = put_memory_back()
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
@@ -614,6 +617,7 @@ class Machine:
             sync.cpu_synchronize_all_post_init(
                 self.vcpus, ledger=self.ledger, caller="load", chips=self.chips, reading=reading
             )
+        return pages
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""

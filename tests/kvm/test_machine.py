@@ -251,6 +251,14 @@ def test_what_the_guest_writes_while_a_first_checkpoint_is_copied_is_in_it(
         assert len(written) == machine._vm.exact_log
 
 
+def test_a_restore_says_what_it_cost(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, HLT, memory=2 << 20) as machine:
+        checkpoint = machine.checkpoint()
+        machine.write_memory(0x100000, os.urandom(7 * 4096))
+        assert machine.restore(checkpoint) == 7
+        assert machine.restore(checkpoint) == 0
+
+
 def test_many_checkpoints_in_any_order(system: System, tmp_path: Path) -> None:
     rng = random.Random(1)
     with build(system, tmp_path, HLT, memory=2 << 20) as machine:
