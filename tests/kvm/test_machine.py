@@ -251,6 +251,22 @@ def test_what_the_guest_writes_while_a_first_checkpoint_is_copied_is_in_it(
         assert len(written) == machine._vm.exact_log
 
 
+WRITE_AND_EXIT = bytes.fromhex("c6 06 00 30 02 e6 f4")
+"""mov byte [0x3000], 2; out 0xf4, al."""
+
+
+def test_a_guest_that_does_the_same_each_time_is_undone_each_time(system: System, tmp_path: Path) -> None:
+    """The page comes to hold what it held when the log was looked at last."""
+    with build(system, tmp_path, WRITE_AND_EXIT, memory=1 << 20) as machine:
+        checkpoint = machine.checkpoint()
+        for _ in range(3):
+            machine.run()
+            assert machine.wait(Phase.EXITED, timeout=20).phase is Phase.EXITED
+            assert machine.read_memory(0x3000, 1) == b"\2"
+            machine.restore(checkpoint)
+            assert machine.read_memory(0x3000, 1) == b"\0"
+
+
 def test_a_restore_says_what_it_cost(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, HLT, memory=2 << 20) as machine:
         checkpoint = machine.checkpoint()
