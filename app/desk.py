@@ -12,10 +12,8 @@ from textual.geometry import Size
 from textual.screen import Screen
 from textual.widgets import Button, Footer
 
-from app import plan
-from app.code import read_code
+from app import plan, stopped
 from app.commands import COMMANDS
-from app.explain import explain
 from app.frames import make_frame
 from app.ledger_rows import ledger_rows
 from app.operations import Operations
@@ -23,8 +21,6 @@ from app.shelf import Shelf
 from app.tree import checkpoint_entries, file_entries, origin
 from kvm.machine import Machine, Phase, Status
 from kvm.quirks import Ignored
-from kvm.x86 import decode
-from kvm.x86.structs import Regs, Sregs
 from widgets.console import ConsolePane
 from widgets.frame import Changes
 from widgets.ledger import LedgerPane
@@ -274,24 +270,16 @@ class Desk(Screen[None]):
         return f"{job.name} {job.percent} %{'  esc calls it off' if self.keyboard == 'vcpus' else ''}"
 
     def _draw_banner(self, status: Status) -> None:
-        rip, bits, code = None, 64, b""
         if status.vcpu is not None and status.phase is Phase.STOPPED:
-            view = self.machine.view(status.vcpu)
-            if view.regs and view.sregs:
-                regs, sregs = Regs.from_buffer_copy(view.regs), Sregs.from_buffer_copy(view.sregs)
-                rip, bits = regs.rip, decode.mode(sregs, regs.rflags).bits
-                code = read_code(self.machine, regs, sregs)
             self.selected = status.vcpu
         back = origin(self.machine)
         banner = self.query_one(Banner)
         banner.set_class(status.phase is Phase.EXITED, "-exited")
         before = len(banner.content)
         banner.show(
-            explain(
+            stopped.banner(
+                self.machine,
                 status,
-                rip=rip,
-                bits=bits,
-                code=code,
                 back=back.name if back else "",
                 width=self._cells.width,
                 typing=self.keyboard == "console",

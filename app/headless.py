@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from app import stopped
 from app.bell import Bell
-from app.stopped import explain
 from app.terminal import raw_terminal
 from kvm.errors import VmdeckError
 from kvm.machine import Machine, Phase, Status
@@ -43,9 +43,9 @@ def run(machine: Machine) -> int:
     switched off, 128 + the number of the signal that ended it (SIGPIPE if stdout's reader went away).
     """
     with Bell() as bell, bell.ending_signals() as signals, raw_terminal(STDIN):
-        code, stopped = _Headless(machine, bell, signals).run()
-    if stopped is not None:  # after raw mode
-        print(f"vmdeck: {explain(machine, stopped)}", file=sys.stderr)
+        code, status = _Headless(machine, bell, signals).run()
+    if status is not None:  # after raw mode
+        print(f"vmdeck: {stopped.text(machine, status)}", file=sys.stderr)
     return code
 
 
@@ -192,6 +192,6 @@ _COMMANDS: dict[int, tuple[str, Callable[[_Headless], None]]] = {
 }
 
 _ENDED: dict[Phase, Callable[[Status], tuple[int, Status | None]]] = {
-    Phase.EXITED: lambda status: (0 if status.code is None else status.code << 1 & 0xFF | 1, None),
+    Phase.EXITED: lambda status: (stopped.exit_code(status.code), None),
     Phase.STOPPED: lambda status: (GUEST_STOPPED, status),
 }

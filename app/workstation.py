@@ -19,9 +19,9 @@ from app import edit, shelf
 from app.commands import BINDINGS, COMMANDS
 from app.compare import compare
 from app.desk import FOCUSED, Desk
-from app.explain import exit_code
 from app.lines_screen import LinesScreen
 from app.operations import Job, Operations, Stage
+from app.stopped import exit_code
 from app.theme import VMDECK
 from app.tree import find, origin
 from kvm.backends.interface import ExitKind

@@ -7,13 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from kvm.levels import WritebackLevel
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One VCPU's part of a hook, done on its own thread; or the machine's own (``vcpu`` is None): its chips and clock.
 
     ``skipped``: substates that the level allows and that were left alone because their bytes hadn't changed.
@@ -33,8 +32,7 @@ class Part:
     tolerated: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One call of a hook. ``skew_us``: from the first VCPU's stop to the last one's, where the call stopped them."""
 
     number: int
@@ -50,7 +48,8 @@ class Record:
 
     def as_json(self) -> str:
         """One line, without its end: these fields under their names, ``level`` as "RUNTIME" and so on, or null."""
-        return json.dumps({**asdict(self), "level": self.level.name if self.level else None})
+        parts = [part._asdict() for part in self.parts]
+        return json.dumps({**self._asdict(), "parts": parts, "level": self.level.name if self.level else None})
 
 
 class Ledger:

@@ -24,7 +24,7 @@ from kvm.ledger import Ledger
 from kvm.memory import Memory
 from kvm.snapshot.chain import Chain, open_chain
 from kvm.snapshot.checkpoints import Checkpoints
-from kvm.snapshot.contents import Contents, Index
+from kvm.snapshot.contents import Contents
 from kvm.snapshot.file import Progress, Snapshot, Written
 from kvm.snapshot.files import MachineFiles, Mapped
 from kvm.snapshot.pages import PageStore
@@ -33,7 +33,7 @@ from kvm.snapshot.state import Checkpoint, MachineState, check
 from kvm.status import Phase, Status
 from kvm.supervisor import Act, Supervisor
 from kvm.vcpu import WAIT_LIMIT, Activity, Reply, Vcpu, VcpuView, step_control
-from kvm.x86 import cpuid, dump, layout, registers, reset
+from kvm.x86 import cpuid, dump, registers, reset
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import vcpu_table
 
@@ -84,12 +84,12 @@ class Machine:
         self.memory = Memory(self._vm, self.config.memory, self.image.rom, ram)
         self._vm.create_irqchip()
         self._pages = PageStore(self.memory)
-        self.files = MachineFiles(self._pages)
         self.board = Board(self, memory=self.config.memory, vcpus=self.config.vcpus)
         for port, size in self.board.coalesced_ports:
             self._vm.coalesce(port, size)
         self.table = vcpu_table(caps, self.system.msr_list())
         self.chips = Chips(self._vm, caps)
+        self.files = MachineFiles(self.config, self.memory, self._pages, self.table, self.chips.rows)
         control = step_control(caps["KVM_CAP_SET_GUEST_DEBUG2"])
         for index in range(self.config.vcpus):
             fd = self._vm.create_vcpu(index)
@@ -107,8 +107,7 @@ class Machine:
         # Before the first read: it decides what else there is, and which MSRs KVM lets be read (before Linux 6.13).
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
         sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="init", chips=self.chips)
-        self._fresh = [dict(vcpu.copy) for vcpu in self.vcpus]
-        self._fresh_chips = self.chips.copy
+        self._fresh = MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, self.board.save())
         self._reset_copies()
         sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="init")
 
@@ -224,7 +223,7 @@ class Machine:
                 self.board.reset()
                 self._load_image()
                 self._reset_copies()
-                self.chips.copy = self._fresh_chips
+                self.chips.copy = dict(self._fresh.machine)
                 sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self.chips)
             self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
@@ -254,7 +253,7 @@ class Machine:
             was_running = self._status.phase is Phase.RUNNING
             ahead = self._get_ready()
             state = self._save(self._stop_all())
-            index, pages = self._take_pages()
+            index, pages = self._pages.take()
             checkpoint = self._checkpoints.add(name, state, index, ahead + pages)
             if was_running:
                 self._resume()
@@ -262,18 +261,21 @@ class Machine:
                 self._free_pages()
             return checkpoint
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of this machine; the guest goes on if it ran. Raises MachineError, KvmError."""
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go back to a checkpoint of this machine; the guest goes on if it ran. How many pages were copied for it.
+
+        Raises MachineError, KvmError.
+        """
         with self._operation("restore"):
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
-            self._pages.put_back(checkpoint.index)
-            self._load(checkpoint.state, skew)
+            pages = self._load(checkpoint.state, skew, lambda: self._pages.put_back(checkpoint.index))
             self._checkpoints.came_from = checkpoint.number
             self._set_status(Status(Phase.PAUSED, f"restored {checkpoint.name}"))
             if was_running:
                 self._resume()
+            return pages
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
@@ -295,12 +297,9 @@ class Machine:
         with self._operation("look at the machine", whole=checkpoint is None):
             if checkpoint is not None:
                 kept = self._checkpoints.find(checkpoint)
-                state, contents = kept.state, self._hold(kept.index)
+                state, contents = kept.state, self._pages.hold(kept.index)
             else:
-                was_running = self._status.phase is Phase.RUNNING
-                state, contents = self._freeze()
-                if was_running:
-                    self._resume()
+                state, contents = self._copy()
         try:
             yield state, contents
         finally:
@@ -328,15 +327,12 @@ class Machine:
         with self._operation("save to a file", whole=True):
             self.files.check_target(path, incremental=incremental)
             parent = self.files.saved if incremental else None
-            was_running = self._status.phase is Phase.RUNNING
             self._get_ready()
-            state, contents = self._freeze()
+            state, contents = self._copy()
             snapshot = Snapshot(
-                self.config.memory, self.system.name, time.time(), why, name, note, state, contents, self._rom(),
+                self.config.memory, self.system.name, time.time(), why, name, note, state, contents, self.memory.rom,
                 self.image,
             )  # fmt: skip
-            if was_running:
-                self._resume()
         try:
             taken()
             return self.files.write(path, snapshot, parent, progress, cancel, self._lock)
@@ -368,15 +364,8 @@ class Machine:
             if verify:
                 chain.verify(progress, cancel)
             with self._operation("load a file"):
-                shape = {"VCPUs": self.config.vcpus, "bytes of memory": self.config.memory,
-                         "bytes of ROM": len(self.image.rom)}  # fmt: skip
-                fresh = self._fresh
-                if self._ran:  # what the guest was told of its processor stands, wherever it came from
-                    told = [vcpu.copy["cpuid"] for vcpu in self.vcpus]
-                    fresh = [{**each, "cpuid": cpuid} for each, cpuid in zip(fresh, told, strict=True)]
-                state, losses = self.files.fit(
-                    chain, shape, self.table, self.chips.rows, (fresh, self._fresh_chips), ran=self._ran, drop=drop
-                )
+                told = [vcpu.copy["cpuid"] for vcpu in self.vcpus] if self._ran else None
+                state, losses = self.files.fit(chain, self._fresh, told=told, drop=drop)
                 mapped = self.files.map(chain)
                 was_running = self._status.phase is Phase.RUNNING
                 self._take(mapped, state)
@@ -483,6 +472,14 @@ class Machine:
         """The guest switched the machine off: stop it where it stands."""
         self._stop_soon(lambda: self._guest_exited("the guest switched the machine off", None))
 
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """RAM, for a device."""
+        return self.memory.dma_read(address, size)
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """Write RAM for a device."""
+        return self.memory.dma_write(address, data)
+
     # Inside
 
     @contextmanager
@@ -549,61 +546,39 @@ class Machine:
             self._set_status(Status(Phase.PAUSED, f"paused to {operation}"))
         return skew
 
-    def _freeze(self) -> tuple[MachineState, Contents]:
-        """Stop all, and copy what there is; ``_let_go`` of it in the end."""
+    def _copy(self) -> tuple[MachineState, Contents]:
+        """State and RAM as they are now, to ``_let_go`` of in the end; the guest goes on if it ran."""
+        was_running = self._status.phase is Phase.RUNNING
         state = self._save(self._stop_all())
-        index, _ = self._take_pages()
-        return state, self._hold(index)
-
-    def _hold(self, index: Index) -> Contents:
-        self._pages.hold(index)
-        return self._pages.contents(index)
+        index, _ = self._pages.take()
+        contents = self._pages.hold(index)
+        if was_running:
+            self._resume()
+        return state, contents
 
     def _let_go(self, contents: Contents) -> None:
         with self._lock:
             self._pages.release(contents.index)
             self._free_pages()
 
-    def _take_pages(self) -> tuple[Index, int]:
-        try:
-            return self._pages.take()
-        except MemoryError:
-            raise MachineError(
-                "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
-            ) from None
-
     def _get_ready(self) -> int:
-        """Do what of a checkpoint or save can be done while the guest runs on; the number of pages stored.
-
-        A first one needs all memory. What the guest writes meanwhile is in the dirty log: the take that follows, when
-        it stands, copies that again.
-        """
-        first = self._pages.empty and self._status.phase is Phase.RUNNING and self._vm.exact_log
-        ahead = self._take_pages()[1] if first else 0
-        self._pages.get_ready()
-        return ahead
+        """Do what of a checkpoint or save can be done while the guest runs on; the number of pages stored."""
+        return self._pages.get_ready(ahead=self._status.phase is Phase.RUNNING and self._vm.exact_log)
 
     def _free_pages(self) -> None:
         self._pages.keep_only(self._checkpoints.indices)
 
-    def _rom(self) -> bytes:
-        size = len(self.image.rom)
-        return self.memory.read(layout.ROM_END - size, size)
-
     def _take(self, mapped: Mapped, state: MachineState) -> None:
         """Become what the file holds, or stay what it is: memory first, as a put can make the kernel write to it."""
         self.board.check(state.devices)
-        epoch, status, half_done, rom = self._supervisor.epoch, self._status, self._half_done, self._rom()
-        before, settled = self._save(self._stop_all()), self._pages.settled()
-        ram = self.memory.replace_ram(mapped.ram)
+        epoch, status, half_done = self._supervisor.epoch, self._status, self._half_done
+        before = self._save(self._stop_all())
+        put_memory_back = self.files.put_behind(mapped)
         try:
-            self._pages.adopt(mapped.index, mapped.sources, mapped.missing)
-            self.memory.write(layout.ROM_END - len(rom), mapped.image.rom)
+            self.files.fill_in(mapped)
             self._load(state)
         except BaseException:
-            self.memory.replace_ram(ram)
-            self._pages.revert(settled)
-            self.memory.write(layout.ROM_END - len(rom), rom)
+            put_memory_back()
             self._load(before)
             self._supervisor.epoch, self._half_done = epoch, half_done
             self._set_status(status)
@@ -628,17 +603,25 @@ class Machine:
         )
         return MachineState(tuple(dict(vcpu.copy) for vcpu in self.vcpus), self.chips.copy, devices)
 
-    def _load(self, state: MachineState, skew_us: float = 0.0) -> None:
-        """All stand, the state fits. The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932)."""
+    def _load(self, state: MachineState, skew_us: float = 0.0, put_memory_back: Callable[[], int] = lambda: 0) -> int:
+        """All stand, the state fits; returns what ``put_memory_back`` does. Memory first: KVM may look at it while it
+        takes a VCPU's state (PDPTEs). The machine's rows go in before any VCPU runs (Cloud Hypervisor #7932).
+        """
         self._supervisor.epoch += 1
         self._forget_reasons()
         with self._all_or_stopped("load"):
-            sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us)
+            reading = sync.cpu_synchronize_all_pre_loadvm(
+                self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us
+            )
+            pages = put_memory_back()
             self.board.load(dict(state.devices))
             for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
                 vcpu.copy.update(copy)
             self.chips.copy = dict(state.machine)
-            sync.cpu_synchronize_all_post_init(self.vcpus, ledger=self.ledger, caller="load", chips=self.chips)
+            sync.cpu_synchronize_all_post_init(
+                self.vcpus, ledger=self.ledger, caller="load", chips=self.chips, reading=reading
+            )
+        return pages
 
     def _forget_reasons(self) -> None:
         """Why a VCPU stopped is over with the state that it stopped in."""
@@ -652,7 +635,7 @@ class Machine:
 
     def _reset_copies(self) -> None:
         """Every copy to its reset value, the BSP then to what the image's format promises at entry."""
-        for vcpu, fresh in zip(self.vcpus, self._fresh, strict=True):
+        for vcpu, fresh in zip(self.vcpus, self._fresh.vcpus, strict=True):
             vcpu.copy.update({**reset.reset_state(fresh, vcpu.index), "cpuid": vcpu.copy["cpuid"]})
         bsp = self.vcpus[0].copy
         kind = Sregs2 if self.table.by_name["sregs"].struct is Sregs2 else Sregs

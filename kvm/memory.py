@@ -7,7 +7,8 @@ and isn't counted.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,16 +50,33 @@ class Region:
     readonly: bool
     first_page: int
     """The page number of its first page (RAM only)."""
-    host_wrote: set[int] = field(default_factory=set)
+    _host_wrote: set[int] = field(default_factory=set)
     """Pages of the region that the host wrote: the backend's dirty log doesn't know of them."""
+    _marking: threading.Lock = field(default_factory=threading.Lock)
+    """Devices write while a running guest's dirty pages are collected."""
 
     def __post_init__(self) -> None:
         self.size = len(self.memory)
         self.pages = np.frombuffer(self.memory, dtype=np.uint8).reshape(-1, PAGE_SIZE)
 
+    def write(self, start: int, data: bytes) -> None:
+        """Write at an offset. Marked when it's there: a page that is collected before is collected again."""
+        self.memory[start : start + len(data)] = data
+        with self._marking:
+            self._host_wrote.update(range(start // PAGE_SIZE, (start + len(data) - 1) // PAGE_SIZE + 1))
+
+    def take_marks(self) -> set[int]:
+        """The pages that the host wrote since the last call."""
+        with self._marking:
+            marks, self._host_wrote = self._host_wrote, set()
+        return marks
+
 
 class Memory:
-    """The guest's physical memory, for whoever holds the machine's lock; reads may race with the guest."""
+    """The guest's physical memory, for whoever holds the machine's lock; reads may race with the guest.
+
+    ``dma_read`` and ``dma_write`` are for devices, on VCPUs' threads.
+    """
 
     def __init__(self, vm: Vm, size: int, rom: bytes, ram: Sequence[mmap.mmap] = ()) -> None:
         """``size`` bytes of RAM, in two parts around the MMIO hole if it doesn't fit below; ``rom`` ends at 4 GiB.
@@ -87,23 +105,35 @@ class Memory:
     def page_count(self) -> int:
         return self.size // PAGE_SIZE
 
+    @property
+    def rom(self) -> bytes:
+        """What the ROM holds now."""
+        return b"".join(bytes(region.memory) for region in self.regions if region.readonly)
+
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes at a guest-physical address. Raises MemoryAccessError where there is no memory."""
-        return b"".join(
-            bytes(memoryview(region.memory)[start : start + count])
-            for region, start, count in self._spans(address, size, "read")
-        )
+        return _joined(self._spans(self.regions, address, size, "read"))
 
     def write(self, address: int, data: bytes) -> None:
         """Write into guest memory, ROM too. Raises MemoryAccessError, having written nothing, where there is none."""
-        spans = list(self._spans(address, len(data), "write"))
-        done = 0
-        for region, start, count in spans:
-            region.memory[start : start + count] = data[done : done + count]
-            if not region.readonly:
-                region.host_wrote.update(range(start // PAGE_SIZE, (start + count - 1) // PAGE_SIZE + 1))
-            done += count
+        _fill(list(self._spans(self.regions, address, len(data), "write")), data)
         self._vm.memory_changed()
+
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """As ``read``, of RAM alone; None where there is none."""
+        try:
+            return _joined(self._spans(self.ram, address, size, "read"))
+        except MemoryAccessError:
+            return None
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """As ``write``, to RAM alone; False where there is none. Code that it replaces isn't dropped: a VCPU runs."""
+        try:
+            spans = list(self._spans(self.ram, address, len(data), "write"))
+        except MemoryAccessError:
+            return False
+        _fill(spans, data)
+        return True
 
     def zero(self, address: int, size: int) -> None:
         """Write zeros, a piece at a time: an image's bss may be most of the memory."""
@@ -129,7 +159,7 @@ class Memory:
         for region, mapping in zip(self.ram, memory, strict=True):
             self._vm.set_memory(region.slot, region.address, mapping, log_dirty=True)
             region.memory = mapping
-            region.host_wrote.clear()
+            region.take_marks()
             region.__post_init__()
         self._vm.memory_changed()
 
@@ -138,7 +168,7 @@ class Memory:
         if not self._logging:
             for region in self.ram:
                 self._vm.set_memory(region.slot, region.address, region.memory, log_dirty=True)
-                region.host_wrote.clear()
+                region.take_marks()
             self._logging = True
 
     def dirty_pages(self) -> Pages:
@@ -146,10 +176,8 @@ class Memory:
         found = []
         for region in self.ram:
             pages = self._vm.dirty_pages(region.slot)
-            if region.host_wrote:
-                host = np.fromiter(region.host_wrote, np.int64, len(region.host_wrote))
-                pages = union(pages, host)
-                region.host_wrote.clear()
+            if marks := region.take_marks():
+                pages = union(pages, np.fromiter(marks, np.int64, len(marks)))
             found.append(pages + region.first_page if region.first_page else pages)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -175,13 +203,29 @@ class Memory:
         for region, local, part in self._by_region(pages):
             self._vm.copy_pages(contents, places[part], region.pages, local)
 
-    def _spans(self, address: int, size: int, doing: str) -> Iterable[tuple[Region, int, int]]:
+    @staticmethod
+    def _spans(regions: Sequence[Region], address: int, size: int, doing: str) -> Iterator[_Span]:
         end = address + size
         while address < end:
-            region = next((r for r in self.regions if r.address <= address < r.address + r.size), None)
+            region = next((r for r in regions if r.address <= address < r.address + r.size), None)
             if region is None:
                 raise MemoryAccessError(f"Can't {doing} at guest-physical {address:#x}: there is no memory.")
             start = address - region.address
             count = min(end - address, region.size - start)
             yield region, start, count
             address += count
+
+
+_Span = tuple[Region, int, int]
+"""A region, an offset in it, a number of bytes."""
+
+
+def _joined(spans: Iterable[_Span]) -> bytes:
+    return b"".join(bytes(memoryview(region.memory)[start : start + count]) for region, start, count in spans)
+
+
+def _fill(spans: Iterable[_Span], data: bytes) -> None:
+    done = 0
+    for region, start, count in spans:
+        region.write(start, data[done : done + count])
+        done += count

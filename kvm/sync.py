@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvm.errors import SubstateError
@@ -31,11 +30,16 @@ from kvm.x86 import tsc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvm.backends.interface import Batch
     from kvm.chips import Chips
     from kvm.vcpu import Vcpu
+    from kvm.x86.substates import Substate
 
     _Done = tuple[Part, SubstateError | None]
     """One VCPU's part, or the machine's own, and what ended it half-way."""
+
+    _Finish = Callable[[], _Done]
+    """Waits for a VCPU's ioctls, which its own thread makes, and does what follows from them."""
 
 __all__ = [
     "WritebackLevel",
@@ -55,7 +59,7 @@ def cpu_synchronize_state(vcpu: Vcpu, *, ledger: Ledger, caller: str) -> None:
     """
     began = time.monotonic_ns()
     if not vcpu.dirty:
-        done = vcpu.run_on(lambda: _get(vcpu))
+        done = _get(vcpu)()
         _record(ledger, "cpu_synchronize_state", None, caller, (done,), began)
 
 
@@ -67,7 +71,11 @@ def cpu_synchronize_all_states(
     Raises SubstateError.
     """
     began = time.monotonic_ns()
-    done = _after(chips.get() if chips else None, lambda: _on_all(vcpus, _get))
+    machine = chips.get() if chips else None
+    if machine is None:
+        done = _on_all(vcpus, _get)
+    else:
+        done = [machine] if machine[1] else [machine, *_on_all(vcpus, _get)]
     _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
@@ -82,43 +90,65 @@ def cpu_synchronize_all_post_reset(
 
 
 def cpu_synchronize_all_post_init(
-    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, chips: Chips | None = None
+    vcpus: Sequence[Vcpu],
+    *,
+    ledger: Ledger,
+    caller: str,
+    chips: Chips | None = None,
+    reading: TscReading | None = None,
 ) -> None:
     """Give every VCPU's copy, and before them the machine's own, back to the kernel at FULL.
 
-    Raises SubstateError; what failed stays dirty.
+    ``reading``: of the TSC, if it was begun earlier. Raises SubstateError; what failed stays dirty.
     """
-    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller, chips)
+    _give_back("cpu_synchronize_all_post_init", vcpus, WritebackLevel.FULL, ledger, caller, chips, reading)
 
 
-def cpu_synchronize_all_pre_loadvm(vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0) -> None:
+def cpu_synchronize_all_pre_loadvm(
+    vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0
+) -> TscReading | None:
     """Let every copy own its VCPU's state without reading it.
 
     All of it is about to be loaded: a read later on, by a device that loads, would clobber what was loaded before
-    (QEMU 75e972dab5).
+    (QEMU 75e972dab5). Only what the offsets of the TSC need is asked for, for post_init: it's known by the time that
+    all is in place, and loaded into nothing.
     """
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
     parts = [Part(vcpu.index) for vcpu in vcpus]
     for vcpu in vcpus:
         vcpu.dirty = True
+    reading = _read_tsc(vcpus)
     ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, skew_us)
+    return reading
 
 
 def before_run(vcpu: Vcpu, *, ledger: Ledger) -> None:
     """On the VCPU's own thread, before KVM_RUN: give a dirty copy back at RUNTIME. Raises SubstateError."""
     if vcpu.dirty or vcpu.ours_changed():
         began = time.monotonic_ns()
-        done = _put(vcpu, WritebackLevel.RUNTIME)
+        done = _put(vcpu, WritebackLevel.RUNTIME)()
         _record(ledger, "before_run", WritebackLevel.RUNTIME, "run", (done,), began)
 
 
 def _give_back(
-    hook: str, vcpus: Sequence[Vcpu], level: WritebackLevel, ledger: Ledger, caller: str, chips: Chips | None
+    hook: str,
+    vcpus: Sequence[Vcpu],
+    level: WritebackLevel,
+    ledger: Ledger,
+    caller: str,
+    chips: Chips | None,
+    reading: TscReading | None = None,
 ) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    done = _after(chips.put(level) if chips else None, lambda: _put_all(vcpus, level))
+    if reading is None and vcpus[0].dirty:
+        reading = _read_tsc(vcpus)
+    machine = chips.put(level) if chips else None
+    if machine is None or machine[1] is None:
+        done = [*([machine] if machine else []), *_put_all(vcpus, level, reading)]
+    else:  # the VCPUs aren't touched; what was asked of one of them was
+        done = [machine, *([reading.done(vcpus[0])] if reading else [])]
     _record(ledger, hook, level, caller, done, began)
 
 
@@ -138,18 +168,9 @@ def _record(
             raise error
 
 
-def _after(machine: _Done | None, vcpus: Callable[[], list[_Done]]) -> list[_Done]:
-    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed."""
-    if machine is None:
-        return vcpus()
-    return [machine] if machine[1] else [machine, *vcpus()]
-
-
-def _on_all(vcpus: Sequence[Vcpu], part: Callable[[Vcpu], _Done]) -> list[_Done]:
-    """Run each VCPU's part on its thread, all at once; every part is waited for before an error is raised."""
-    waiting = [vcpu.post(lambda vcpu=vcpu: part(vcpu)) for vcpu in vcpus]  # type: ignore[misc]
-    outcomes = [reply.outcome() for reply in waiting]
-    return [outcome() for outcome in outcomes]
+def _on_all(vcpus: Sequence[Vcpu], start: Callable[[Vcpu], _Finish]) -> list[_Done]:
+    """Each VCPU's thread makes its part, all at once; every part is waited for before an error is raised."""
+    return [finish() for finish in [start(vcpu) for vcpu in vcpus]]
 
 
 def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
@@ -157,24 +178,30 @@ def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
     assert not running, f"VCPUs {running} run while all must be stopped"
 
 
-def _get(vcpu: Vcpu) -> _Done:
+def _get(vcpu: Vcpu) -> _Finish:
     if vcpu.dirty:
-        return Part(vcpu.index), None
-    began = time.monotonic_ns()
+        return lambda: (Part(vcpu.index), None)
     rows = vcpu.table.get_order
-    names = tuple(row.name for row in rows)
-    try:
-        fetched = vcpu.fd.get(rows)
-    except SubstateError as error:  # none of it is used: the kernel still owns the state
-        return _part(vcpu, began, read=names[: error.moved], ioctls=error.moved + 1, error=str(error)), error
-    vcpu.take(dict(zip(names, fetched, strict=True)))
-    vcpu.dirty = True
-    return _part(vcpu, began, read=names, ioctls=len(rows)), None
+    batch = vcpu.fd.getting(rows)
+    reply = vcpu.make(batch)
+
+    def finish() -> _Done:
+        outcome = reply.outcome()
+        names = tuple([row.name for row in rows])
+        try:
+            fetched = outcome()
+        except SubstateError as error:  # none of it is used: the kernel still owns the state
+            return _part(vcpu, batch, read=names[: error.moved], ioctls=error.moved + 1, error=str(error)), error
+        vcpu.take(dict(zip(names, fetched, strict=True)))
+        vcpu.dirty = True
+        return _part(vcpu, batch, read=names, ioctls=len(rows)), None
+
+    return finish
 
 
 def _part(
     vcpu: Vcpu,
-    began: int,
+    batch: Batch[object] | None,
     *,
     read: tuple[str, ...] = (),
     written: tuple[str, ...] = (),
@@ -183,77 +210,128 @@ def _part(
     error: str = "",
     tolerated: Sequence[SubstateError] = (),
 ) -> Part:
-    microseconds = (time.monotonic_ns() - began) / 1000
-    refused = tuple((each.substate, each.symbol) for each in tolerated)
+    began, microseconds = (batch.began_ns, batch.microseconds) if batch else (time.monotonic_ns(), 0.0)
+    refused = tuple([(each.substate, each.symbol) for each in tolerated])
     return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error, refused)
 
 
-def _put(vcpu: Vcpu, level: WritebackLevel) -> _Done:
-    """Write what the table says for this level: at RUNTIME only rows whose bytes changed, and those that must follow.
+def _to_write(vcpu: Vcpu, level: WritebackLevel) -> tuple[list[Substate], tuple[str, ...]]:
+    """What the table says for this level, and the names of what is left alone: at RUNTIME all rows whose bytes haven't
+    changed, but for those that must follow another.
 
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
     """
-    began = time.monotonic_ns()
-    copy, known = vcpu.copy, vcpu.known
-    batch, skipped = [], []
+    table, copy, known = vcpu.table, vcpu.copy, vcpu.known
+    allowed = table.up_to(level)
+    if level > WritebackLevel.RUNTIME and vcpu.dirty:
+        same = {name for name in table.ours if known.get(name) == copy[name]}
+        same -= {name for name in same & table.followers if any(copy[name])}
+        return [row for row in allowed if row.name not in same], tuple(
+            [row.name for row in allowed if row.name in same]
+        )
+    rows, skipped = [], []
     again: set[str] = set()
-    for row in vcpu.table.put_order:
-        if row.level > level or not (vcpu.dirty or row.get is None):
+    for row in allowed:
+        if not vcpu.dirty and row.get is not None:
             continue
         name = row.name
-        raw = copy[name]
-        if (
-            (level > WritebackLevel.RUNTIME and row.get is not None)
-            or known.get(name) != raw
-            # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
-            or (name in again and any(raw))
-        ):
-            batch.append((row, row.at(raw, level)))
+        # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
+        if known.get(name) != copy[name] or (name in again and any(copy[name])):
+            rows.append(row)
             again.update(row.then)
         else:
             skipped.append(name)
-    written = tuple([row.name for row, _ in batch])
+    return rows, tuple(skipped)
+
+
+def _put(vcpu: Vcpu, level: WritebackLevel) -> _Finish:
+    rows, skipped = _to_write(vcpu, level)
+    copy = vcpu.copy
+    written = tuple([row.name for row in rows])
+    if not rows:
+        return lambda: _given_back(vcpu, level, None, (), skipped, ())
     try:
-        tolerated = vcpu.fd.put(batch) if batch else ()
-    except SubstateError as failure:
-        error = failure.at(level)
-        moved, rest = _without(written[: error.moved], error.tolerated), written[error.moved :]
-        vcpu.known.update((name, vcpu.copy[name]) for name in moved)
-        _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
-        made = error.moved + 1
-        return _part(vcpu, began, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
+        batch = vcpu.fd.putting([(row, row.at(copy[row.name], level) if row.at else copy[row.name]) for row in rows])
+    except SubstateError as error:
+        failure = error.at(level)
+        return lambda: _failed(vcpu, None, written, failure)
+    reply = vcpu.make(batch)
+
+    def finish() -> _Done:
+        outcome = reply.outcome()
+        try:
+            tolerated = outcome()
+        except SubstateError as error:
+            return _failed(vcpu, batch, written, error.at(level))
+        return _given_back(vcpu, level, batch, written, skipped, tolerated)
+
+    return finish
+
+
+def _given_back(
+    vcpu: Vcpu,
+    level: WritebackLevel,
+    batch: Batch[object] | None,
+    written: tuple[str, ...],
+    skipped: tuple[str, ...],
+    tolerated: Sequence[SubstateError],
+) -> _Done:
+    ioctls = len(written)
     if tolerated:
         written = _without(written, tolerated)
         _unknown(vcpu, [each.substate for each in tolerated])
     vcpu.gave_back(written, level)
     vcpu.dirty = False
-    skips = tuple(skipped)
-    return _part(vcpu, began, written=written, skipped=skips, ioctls=len(batch), tolerated=tolerated), None
+    return _part(vcpu, batch, written=written, skipped=skipped, ioctls=ioctls, tolerated=tolerated), None
 
 
-def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel) -> list[_Done]:
-    """VCPU 0 first, where TSC offsets can be set: it finds out what every VCPU's is to be (kvm/x86/tsc.py)."""
-    if not vcpus[0].dirty or "tsc_offset" not in vcpus[0].table.by_name:
+def _failed(vcpu: Vcpu, batch: Batch[object] | None, rows: tuple[str, ...], error: SubstateError) -> _Done:
+    """The put of these ended half-way."""
+    moved, rest = _without(rows[: error.moved], error.tolerated), rows[error.moved :]
+    vcpu.known.update((name, vcpu.copy[name]) for name in moved)
+    _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
+    made = error.moved + 1
+    return _part(vcpu, batch, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
+
+
+class TscReading:
+    """VCPU 0's TSC and offset, asked of its thread: what every VCPU's offset is found by (kvm/x86/tsc.py).
+
+    It stands in the record of the hook that ends what it was begun for.
+    """
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self._batch = vcpu.fd.getting([vcpu.table.by_name[name] for name in tsc.FOUND_IN])
+        self._reply = vcpu.make(self._batch)
+        self.values: dict[str, bytes] = {}
+        """FOUND_IN's bytes, when it's done without an error."""
+
+    def done(self, vcpu: Vcpu) -> _Done:
+        """Wait for it."""
+        outcome = self._reply.outcome()
+        try:
+            self.values = dict(zip(tsc.FOUND_IN, outcome(), strict=True))
+        except SubstateError as error:
+            read = tsc.FOUND_IN[: error.moved]
+            return _part(vcpu, self._batch, read=read, ioctls=error.moved + 1, error=str(error)), error
+        return _part(vcpu, self._batch, read=tsc.FOUND_IN, ioctls=len(tsc.FOUND_IN)), None
+
+
+def _read_tsc(vcpus: Sequence[Vcpu]) -> TscReading | None:
+    return TscReading(vcpus[0]) if "tsc_offset" in vcpus[0].table.by_name else None
+
+
+def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: TscReading | None) -> list[_Done]:
+    if reading is None:
         return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
-    first = vcpus[0].run_on(lambda: _put_first(vcpus, level))
-    return [first] if first[1] else [first, *_on_all(vcpus[1:], lambda vcpu: _put(vcpu, level))]
-
-
-def _put_first(vcpus: Sequence[Vcpu], level: WritebackLevel) -> _Done:
-    began = time.monotonic_ns()
-    vcpu = vcpus[0]
-    rows = [vcpu.table.by_name[name] for name in tsc.FOUND_IN]
-    try:
-        now = dict(zip(tsc.FOUND_IN, vcpu.fd.get(rows), strict=True))
-    except SubstateError as error:
-        read = tsc.FOUND_IN[: error.moved]
-        return _part(vcpu, began, read=read, ioctls=error.moved + 1, error=str(error)), error
-    for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], now), strict=True):
+    read, error = reading.done(vcpus[0])
+    if error:
+        return [(read, error)]
+    for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], reading.values), strict=True):
         each.copy["tsc_offset"] = offset
-    part, failure = _put(vcpu, level)
-    microseconds = (time.monotonic_ns() - began) / 1000
-    ioctls = len(rows) + part.ioctls
-    return replace(part, read=tsc.FOUND_IN, ioctls=ioctls, began_ns=began, microseconds=microseconds), failure
+    (part, failure), *others = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
+    ioctls, microseconds = read.ioctls + part.ioctls, read.microseconds + part.microseconds
+    return [(part._replace(read=read.read, ioctls=ioctls, microseconds=microseconds), failure), *others]
 
 
 def _without(names: tuple[str, ...], failed: Sequence[SubstateError]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Generic, NoReturn, TypeVar
 
 from kvm import sync
-from kvm.backends.interface import Bell, Bus, Exit, ExitKind, Sample, VcpuFd
+from kvm.backends.interface import Batch, Bell, Bus, Exit, ExitKind, Sample, VcpuFd
 from kvm.errors import MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
@@ -63,10 +63,12 @@ class VcpuView:
 class Reply(Generic[T]):
     """The answer to posted work."""
 
-    def __init__(self, vcpu: int, bell: Bell) -> None:
+    def __init__(self, vcpu: int, bell: Bell, outcome: Callable[[], T] | None = None) -> None:
+        """``outcome``: what holds when the bell has been rung, if that's known already."""
         self._vcpu = vcpu
         self._bell = bell
-        self._outcome: Callable[[], T] | None = None
+        self._outcome = outcome
+        self._rung = False
 
     def deliver(self, outcome: Callable[[], T]) -> None:
         self._outcome = outcome
@@ -74,14 +76,19 @@ class Reply(Generic[T]):
 
     def outcome(self, timeout: float = WAIT_LIMIT) -> Callable[[], T]:
         """Wait for it; what comes back returns the result or raises. MachineError after ``timeout`` seconds."""
-        if self._outcome is None:
-            self._bell.wait(timeout)
-        if self._outcome is None:
+        if not self._rung:
+            self._rung = self._bell.wait(timeout)
+        if not self._rung or self._outcome is None:
             raise MachineError(
                 f"VCPU {self._vcpu} did not answer within {timeout:g} s. Its thread hangs in the kernel or the host is "
                 f"overloaded; the other VCPUs are as they were. Try again, or end vmdeck."
             )
         return self._outcome
+
+
+def _sample(time_ns: int, regs: bytes, sregs: bytes, events: bytes) -> Sample:
+    """``sregs``: a struct kvm_sregs or kvm_sregs2, whose segments and control registers lie in the same place."""
+    return Sample(0, time_ns, regs, sregs[:SREGS_HEAD].ljust(ctypes.sizeof(Sregs), b"\0"), events)
 
 
 def _result(value: T) -> Callable[[], T]:
@@ -122,7 +129,8 @@ class Vcpu:
         self._ledger = ledger
         self._on_stop = on_stop
         self._step_control = step_control
-        self._settled: Sample | None = None
+        self._settled: tuple[int, bytes, bytes, bytes] | None = None
+        """What was given back last: when, REGS, SREGS, VCPU events."""
         self._resumed = False
         self._asked: tuple[int, bool, bool] | None = None
         """The last request for a sample: the newest one's number before it, did the VCPU wait at that one, and now?"""
@@ -152,6 +160,23 @@ class Vcpu:
         else:
             self._bell.ring()
         return reply
+
+    def make(self, batch: Batch[T]) -> Reply[T]:
+        """Have the VCPU's thread make these ioctls; doesn't wait. From any thread, the VCPU's own too."""
+        if threading.current_thread() is self._thread:
+            batch.make()
+            made: Reply[T] = Reply(self.index, self.fd.bell())
+            made.deliver(batch.outcome)
+            return made
+        bell = None if self.running else batch.hand(self._bell)
+        if bell is not None:
+            return Reply(self.index, bell, batch.outcome)
+
+        def work() -> T:
+            batch.make()
+            return batch.outcome()
+
+        return self.post(work)
 
     def run_on(self, work: Callable[[], T]) -> T:
         """Have the VCPU's thread do this and wait for the result. Raises what it raises, or MachineError."""
@@ -271,7 +296,8 @@ class Vcpu:
         self.known.update((name, self.copy[name]) for name in written)
         if self.dirty:
             self.last_put = level
-            self._settled = self._sample_of_copy()
+            copy = self.copy
+            self._settled = (time.monotonic_ns(), copy["regs"], copy["sregs"], copy.get("events", b""))
 
     def request_sample(self) -> None:
         """Ask the running VCPU for a sample, and note what it interrupts. Any thread; never blocks."""
@@ -283,7 +309,8 @@ class Vcpu:
     def view(self) -> VcpuView:
         """What is known now. Any thread; never blocks."""
         if self.dirty:
-            sample: Sample | None = self._sample_of_copy()
+            copy = self.copy
+            sample: Sample | None = _sample(time.monotonic_ns(), copy["regs"], copy["sregs"], copy.get("events", b""))
             from_copy = True
         else:
             sample = self._newest()
@@ -297,14 +324,9 @@ class Vcpu:
 
     def _newest(self) -> Sample | None:
         published, settled = self.fd.sample(), self._settled
-        if published is None or settled is None:
-            return published or settled
-        return published if published.time_ns > settled.time_ns else settled
-
-    def _sample_of_copy(self) -> Sample:
-        copy = self.copy
-        sregs = copy["sregs"][:SREGS_HEAD].ljust(ctypes.sizeof(Sregs), b"\0")
-        return Sample(0, time.monotonic_ns(), copy["regs"], sregs, copy.get("events", b""))
+        if settled is None or (published is not None and published.time_ns > settled[0]):
+            return published
+        return _sample(*settled)
 
     def _activity(self, sample: Sample) -> Activity:
         if not self.running:

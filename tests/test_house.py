@@ -23,7 +23,11 @@ def test_import_contracts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("package", "needless"),
-    [("kvm.machine", {"textual", "rich", "app", "widgets"}), ("app.cli", {"textual", "numpy", "unicorn", "capstone"})],
+    [
+        ("kvm.machine", {"textual", "rich", "app", "widgets"}),
+        ("app.cli", {"textual", "numpy", "unicorn", "capstone"}),
+        ("app.headless", {"textual", "rich", "widgets"}),
+    ],
 )
 def test_an_import_brings_nothing_needless(package: str, needless: set[str]) -> None:
     """The machine works without a user interface, and the command answers before the heavy libraries are loaded."""

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from kvm.x86.structs import CpuidEntry
 from kvm.x86.substates import Substate
 
 PAGE_SIZE = 4096
+
+T = TypeVar("T", covariant=True)
 
 
 class Bus(Protocol):
@@ -100,8 +102,32 @@ class Bell(Protocol):
         """Until it's rung, True, or so many seconds are over, False."""
 
 
+class Batch(Protocol[T]):
+    """Gets or puts on one VCPU that are ready to be made, once.
+
+    ``began_ns`` (CLOCK_MONOTONIC) and ``microseconds``: when they were made, and how long that took.
+    """
+
+    @property
+    def began_ns(self) -> int: ...
+
+    @property
+    def microseconds(self) -> float: ...
+
+    def make(self) -> None:
+        """Make them: the VCPU's own thread."""
+
+    def hand(self, bell: Bell) -> Bell | None:
+        """Have the thread that waits at this bell make them where it stands, without the interpreter's turn to it; the
+        bell that is rung then. None where that can't be had. Keep the batch until then. Any thread; never blocks."""
+
+    def outcome(self) -> T:
+        """What came of it, when it's made. Raises SubstateError. Any thread."""
+
+
 class VcpuFd(Protocol):
-    """One VCPU. All but ``bell``, ``kick``, ``request_sample``, ``sample``, ``waiting`` belong to the bound thread."""
+    """One VCPU. All but ``bell``, ``getting``, ``putting``, ``kick``, ``request_sample``, ``sample``, ``waiting``
+    belong to the bound thread."""
 
     @property
     def index(self) -> int: ...
@@ -120,6 +146,12 @@ class VcpuFd(Protocol):
 
         A ``tolerated`` row's failure doesn't stop the batch: it's returned, or stands in the error's ``tolerated``.
         """
+
+    def getting(self, rows: Sequence[Substate]) -> Batch[list[bytes]]:
+        """A ``get`` to be made by the VCPU's thread. Any thread, one at a time."""
+
+    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Batch[tuple[SubstateError, ...]]:
+        """A ``put`` to be made by the VCPU's thread. Any thread. Raises SubstateError for a struct of a wrong size."""
 
     def run(self, bus: Bus) -> Exit:
         """Run the guest, serving port I/O and MMIO through ``bus``, until the machine must know of something."""

@@ -8,10 +8,10 @@ pin 2. So there is no override for it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvm.boot import aml
+from kvm.devices import fw_cfg
 from kvm.devices.power import POWER_OFF
 from kvm.x86 import layout
 
@@ -57,12 +57,13 @@ class Node:
         )  # fmt: skip
 
 
-FW_CFG = Node("FWCF", "QEMU0002", ((0x510, 12),))
-"""Not among ``NODES`` before the board has one."""
-NODES = (Node("COM1", "PNP0501", ((layout.COM1, 8),), (layout.COM1_IRQ,)),)
+NODES = (
+    Node("COM1", "PNP0501", ((layout.COM1, 8),), (layout.COM1_IRQ,)),
+    Node("FWCF", "QEMU0002", ((layout.FW_CFG_PORTS, fw_cfg.PORTS),)),
+)
 
 
-def tables(vcpus: int, nodes: Sequence[Node] = NODES) -> bytes:
+def tables(vcpus: int) -> bytes:
     """All of them, to be put at ``layout.ACPI_TABLES``, where RSDP is."""
     room = bytearray(_ALIGN)
 
@@ -72,7 +73,7 @@ def tables(vcpus: int, nodes: Sequence[Node] = NODES) -> bytes:
         return address
 
     facs = put(struct.pack("<4sI4xIIQB31x", b"FACS", _FACS_SIZE, 0, 0, 0, 1))
-    dsdt = put(_table(b"DSDT", 2, _definitions(nodes)))
+    dsdt = put(_table(b"DSDT", 2, _definitions()))
     fadt = put(_table(b"FACP", _FADT_REVISION, _fadt(facs, dsdt)))
     madt = put(_table(b"APIC", 3, _madt(vcpus)))
     xsdt = put(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
@@ -92,9 +93,9 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
     return bytes(table)
 
 
-def _definitions(nodes: Sequence[Node]) -> bytes:
+def _definitions() -> bytes:
     sleep = [aml.integer(POWER_OFF), aml.integer(0), aml.integer(0), aml.integer(0)]
-    return aml.scope("\\_SB_", *(node.aml() for node in nodes)) + aml.name("_S5_", aml.package(*sleep))
+    return aml.scope("\\_SB_", *(node.aml() for node in NODES)) + aml.name("_S5_", aml.package(*sleep))
 
 
 def _register(port: int, size: int, access: int) -> bytes:

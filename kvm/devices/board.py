@@ -8,6 +8,7 @@ from kvm.devices.bus import IoBus
 from kvm.devices.cmos import Cmos
 from kvm.devices.console import Console
 from kvm.devices.device import Device
+from kvm.devices.fw_cfg import PORTS, FwCfg
 from kvm.devices.platform import Platform
 from kvm.devices.ports import DebugConsole, DebugExit, Post
 from kvm.devices.power import SIZE as POWER_SIZE
@@ -39,6 +40,7 @@ class Board:
             (DebugExit(platform), range(0xF4, 0xF8), 4, False),
             (self.serial, range(layout.COM1, layout.COM1 + 8), 1, False),
             (DebugConsole("debugcon_402", self.debug_console), range(0x402, 0x403), 1, True),
+            (FwCfg(platform, memory, vcpus), range(layout.FW_CFG_PORTS, layout.FW_CFG_PORTS + PORTS), 4, False),
             (PowerControl(platform), range(layout.POWER_PORTS, layout.POWER_PORTS + POWER_SIZE), 2, False),
             (ResetControl(platform), range(layout.RESET_PORT - 1, layout.RESET_PORT + 3), 4, False),
         )

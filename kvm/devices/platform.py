@@ -19,3 +19,9 @@ class Platform(Protocol):
 
     def request_power_off(self) -> None:
         """Ask the machine to stop for good, without a code: the guest has switched it off."""
+
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """So many bytes of RAM at a guest-physical address; None if not all of them are RAM."""
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        """Write RAM at a guest-physical address. False, nothing written, if not all of it is RAM."""

@@ -53,29 +53,29 @@ def fit(
     state: MachineState,
     table: Table,
     machine_rows: Sequence[Substate],
-    fresh: Sequence[Copy],
-    fresh_machine: Copy,
+    fresh: MachineState,
     *,
     ran: bool,
 ) -> tuple[MachineState, tuple[str, ...]]:
     """The state in this machine's rows, and what it loses.
 
-    ``fresh`` is what the machine's VCPUs held when they were new: the value of what the state doesn't have. ``ran``:
-    the machine has run, so that its CPUID stands. Raises ValueError for a struct that can't be read.
+    ``fresh`` is what the machine held when it was new: the value of what the state doesn't have, be it a device that
+    vmdeck hadn't yet. ``ran``: the machine has run, so that its CPUID stands. Raises ValueError for a struct that can't
+    be read.
     """
     losses: dict[str, list[int]] = {}
     tsc = _msrs(state.vcpus[0]).get(msrs.TSC, 0)
     vcpus = []
-    for index, (copy, new) in enumerate(zip(state.vcpus, fresh, strict=True)):
+    for index, (copy, new) in enumerate(zip(state.vcpus, fresh.vcpus, strict=True)):
 
         def tell(loss: str, index: int = index) -> None:
             losses.setdefault(loss, []).append(index)
 
         vcpus.append(_vcpu(copy, table, new, ran, tsc, tell))
     told = [f"{loss} ({_numbers(who)})" for loss, who in losses.items()]
-    machine = {row.name: state.machine.get(row.name, fresh_machine[row.name]) for row in machine_rows}
+    machine = {row.name: state.machine.get(row.name, fresh.machine[row.name]) for row in machine_rows}
     told += [f"{name}: this backend has none" for name in state.machine if name not in machine]
-    return MachineState(tuple(vcpus), machine, state.devices), tuple(told)
+    return MachineState(tuple(vcpus), machine, {**fresh.devices, **state.devices}), tuple(told)
 
 
 def _vcpu(copy: Copy, table: Table, new: Copy, ran: bool, tsc_of_first: int, tell: Tell) -> dict[str, bytes]:

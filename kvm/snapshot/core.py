@@ -28,6 +28,9 @@ _QEMU = b"QEMU\0\0\0"
 """The owner, 8 bytes with its NUL instead of 5: the same name to crash and readelf, but drgn, which takes a file with
 QEMU's own for a Linux guest's and refuses it without VMCOREINFO, opens it and shows the threads."""
 
+VMCOREINFO, VMCOREINFO_TYPE = b"VMCOREINFO", 0
+"""Linux's own note, as its crash dumps have it."""
+
 _PRSTATUS = struct.Struct("<iiihxxQQiiii64x27Qi4x")
 _QEMU_HEAD = struct.Struct("<II18Q")
 _QEMU_SEGMENT = struct.Struct("<IIIIQ")
@@ -89,10 +92,11 @@ def notes(raw: bytes | memoryview) -> Iterator[tuple[bytes, int, bytes]]:
         yield bytes(raw[start : start + name_size]).rstrip(b"\0"), kind, bytes(raw[payload : payload + size])
 
 
-def cpu_notes(vcpus: Sequence[Mapping[str, bytes]]) -> bytes:
-    """What makes every VCPU a thread, in VCPU order, then QEMU's note for each."""
+def guest_notes(vcpus: Sequence[Mapping[str, bytes]], vmcoreinfo: bytes) -> bytes:
+    """What makes every VCPU a thread, in VCPU order, then QEMU's note for each, then Linux's if the guest has one."""
     threads = b"".join(_thread(index, copy) for index, copy in enumerate(vcpus))
-    return threads + b"".join(note(_QEMU, _QEMU_CPU_STATE, qemu_cpu_state(copy)) for copy in vcpus)
+    qemu = b"".join(note(_QEMU, _QEMU_CPU_STATE, qemu_cpu_state(copy)) for copy in vcpus)
+    return threads + qemu + (note(VMCOREINFO, VMCOREINFO_TYPE, vmcoreinfo) if vmcoreinfo else b"")
 
 
 def prstatus(index: int, regs: Regs, sregs: Sregs) -> bytes:

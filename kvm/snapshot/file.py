@@ -22,7 +22,7 @@ from kvm.backends.interface import PAGE_SIZE
 from kvm.boot.image import BootImage
 from kvm.errors import SnapshotCancelled, SnapshotError
 from kvm.host_memory import anonymous
-from kvm.snapshot import core, notes
+from kvm.snapshot import core, notes, vmcoreinfo
 from kvm.snapshot.contents import SOURCE_SHIFT, Contents, Index, PageArray
 from kvm.snapshot.core import Extent
 from kvm.snapshot.notes import CHUNK, Damaged, Draft, Head, Parent, StoredImage
@@ -106,6 +106,7 @@ def write(
         snapshot.name, snapshot.note, delta.parent if delta else None, image, snapshot.state,
         tuple((address, len(numbers) * PAGE_SIZE) for address, numbers in pieces),
         -(-len(numbers) // CHUNK_PAGES), len(numbers),
+        vmcoreinfo.offered(snapshot.state, snapshot.contents, snapshot.memory),
     )  # fmt: skip
     try:
         size = notes.head_size(draft)

@@ -6,14 +6,16 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from kvm.boot.image import BootImage
+from kvm.config import MachineConfig
 from kvm.errors import MachineError, SnapshotError, SnapshotMismatch
+from kvm.memory import Memory
 from kvm.snapshot import convert
 from kvm.snapshot.chain import Chain, identity_of, parent_path
 from kvm.snapshot.contents import Index, PageArray
@@ -22,6 +24,7 @@ from kvm.snapshot.notes import Parent
 from kvm.snapshot.pages import PageStore
 from kvm.snapshot.replace import FileKey, StrPath, key_of
 from kvm.snapshot.state import MachineState, check
+from kvm.x86 import layout
 from kvm.x86.substates import Substate, Table
 
 
@@ -56,8 +59,15 @@ class Mapped:
 class MachineFiles:
     """For whoever holds the machine's lock, but for ``write``, which works beside the running guest."""
 
-    def __init__(self, pages: PageStore) -> None:
+    def __init__(
+        self, config: MachineConfig, memory: Memory, pages: PageStore, table: Table, rows: Sequence[Substate]
+    ) -> None:
+        """The machine's: ``table`` is of its VCPUs' substates, ``rows`` are its own."""
+        self._config = config
+        self._memory = memory
         self._pages = pages
+        self._table = table
+        self._rows = rows
         self._saved: Saved | None = None
         self._mapped: dict[int, FileKey] = {}
         self._ram: tuple[FileKey, ...] = ()
@@ -122,30 +132,32 @@ class MachineFiles:
     def fit(
         self,
         chain: Chain,
-        shape: Mapping[str, int],
-        table: Table,
-        rows: Sequence[Substate],
-        fresh: tuple[Sequence[Mapping[str, bytes]], Mapping[str, bytes]],
+        fresh: MachineState,
         *,
-        ran: bool,
+        told: Sequence[bytes] | None,
         drop: bool,
     ) -> tuple[MachineState, tuple[str, ...]]:
-        """The chain's state for a machine of this shape ("VCPUs", "bytes of memory"…), and what it loses.
+        """The chain's state for this machine, and what it loses. ``fresh``: what it holds after machine init.
 
+        ``told``: each VCPU's CPUID if the guest ran: what it was told of its processor stands, wherever it came from.
         Raises SnapshotError, SnapshotMismatch unless ``drop`` says to do without.
         """
         head = chain.head
-        theirs = (head.vcpus, head.memory, head.rom)
-        if differing := [
-            f"{value} {what}, this machine {ours}" for value, (what, ours) in zip(theirs, shape.items(), strict=True)
-            if value != ours
-        ]:  # fmt: skip
+        shapes = (
+            ("VCPUs", head.vcpus, self._config.vcpus),
+            ("bytes of memory", head.memory, self._config.memory),
+            ("bytes of ROM", head.rom, len(self._memory.rom)),
+        )
+        if differing := [f"{theirs} {what}, this machine {ours}" for what, theirs, ours in shapes if theirs != ours]:
             raise SnapshotError(
                 f"Can't load {chain.path}: it has {'; '.join(differing)}. Start a machine from it: vmdeck run --restore"
             )
+        if told is not None:
+            pairs = zip(fresh.vcpus, told, strict=True)
+            fresh = replace(fresh, vcpus=tuple({**each, "cpuid": cpuid} for each, cpuid in pairs))
         try:
-            state, losses = convert.fit(chain.state, table, rows, *fresh, ran=ran)
-            check(state, table, rows, head.vcpus)
+            state, losses = convert.fit(chain.state, self._table, self._rows, fresh, ran=told is not None)
+            check(state, self._table, self._rows, head.vcpus)
         except (ValueError, MachineError) as error:
             raise SnapshotError(f"Can't load {chain.path}: {error}. Use another snapshot.") from error
         if losses and not drop:
@@ -159,6 +171,29 @@ class MachineFiles:
         """Everything of a chain that the machine will hold, so that taking it can't fail. Raises SnapshotError."""
         first, self._next_source = self._next_source, self._next_source + len(chain.files)
         return Mapped(chain, chain.image(), chain.ram, chain.index(first), chain.sources(first), chain.missing())
+
+    def put_behind(self, mapped: Mapped) -> Callable[[], None]:
+        """Put the file's RAM behind the machine's; what comes back puts all memory back as it was.
+
+        Every VCPU stands. Raises KvmError, all as it was.
+        """
+        rom, settled = self._memory.rom, self._pages.settled()
+        ram = self._memory.replace_ram(mapped.ram)
+
+        def put_back() -> None:
+            self._memory.replace_ram(ram)
+            self._pages.revert(settled)
+            self._write_rom(rom)
+
+        return put_back
+
+    def fill_in(self, mapped: Mapped) -> None:
+        """Once its RAM is behind the machine's: the pages that later files of the chain hold, and the ROM."""
+        self._pages.adopt(mapped.index, mapped.sources, mapped.missing)
+        self._write_rom(mapped.image.rom)
+
+    def _write_rom(self, rom: bytes) -> None:
+        self._memory.write(layout.ROM_END - len(rom), rom)
 
     def adopt(self, mapped: Mapped) -> None:
         """The machine has taken it: build on it."""

@@ -141,6 +141,8 @@ class Draft:
     extents: tuple[tuple[int, int], ...]
     chunks: int
     file_pages: int
+    vmcoreinfo: bytes = b""
+    """What the guest offers to debuggers: it's in memory too."""
 
 
 def head_size(draft: Draft) -> int:
@@ -200,7 +202,7 @@ def _body(draft: Draft, chunks: NDArray[np.uint64]) -> tuple[bytes, bytes]:
         core.elf_header(1 + len(draft.extents)),
         bytes(core.PHDR.size * (1 + len(draft.extents))),
         core.note(OWNER, FORMAT, bytes(_FORMAT.size)),
-        core.cpu_notes(draft.state.vcpus),
+        core.guest_notes(draft.state.vcpus, draft.vmcoreinfo),
         *(core.note(OWNER, kind, payload) for kind, payload in own),
     ))  # fmt: skip
     return body, _identity(draft.extents, [payload for _, payload in named])

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from kvm.backends.interface import PAGE_SIZE
+from kvm.errors import MachineError
 from kvm.host_memory import touched
 from kvm.memory import Memory, Pages, union
 from kvm.snapshot.contents import PLACE_MASK, SOURCE_SHIFT, ZERO, Contents, Index, PageArray
@@ -39,17 +40,26 @@ class PageStore:
         """The mapped pages of snapshot files that an index refers to, by source number."""
         self._held: list[Index] = []
 
-    @property
-    def empty(self) -> bool:
-        """Nothing was taken yet: a first ``take`` reads and copies all memory."""
-        return self._base is None
+    def get_ready(self, *, ahead: bool = False) -> int:
+        """Do what of the next ``take`` can be done while the guest runs on; the number of pages stored.
 
-    def get_ready(self) -> None:
-        """Do what the next ``take`` needs that can be done while the guest runs: an index to write in."""
+        A first one needs all memory: with ``ahead`` that is copied here. What the guest writes meanwhile must be in the
+        dirty log: the ``take`` that follows, when it stands, copies that again.
+        """
+        stored = self.take()[1] if ahead and self._base is None else 0
         self._draft = None if self._base is None else self._base.copy()
+        return stored
 
     def take(self) -> tuple[Index, int]:
-        """RAM as it is now: its index, and how many pages were stored for it. Raises MemoryError, losing nothing."""
+        """RAM as it is now: its index, and how many pages were stored for it. Raises MachineError, losing nothing."""
+        try:
+            return self._take()
+        except MemoryError:
+            raise MachineError(
+                "No host memory for another checkpoint; nothing was lost. Forget an older one and try again."
+            ) from None
+
+    def _take(self) -> tuple[Index, int]:
         if self._base is None:
             self._memory.start_log()
             self._memory.dirty_pages()
@@ -75,13 +85,10 @@ class PageStore:
         self._settle(index)
         return len(pages)
 
-    def contents(self, index: Index) -> Contents:
-        """What ``index`` stands for, to be read at leisure: hold the index meanwhile."""
-        return Contents(index, {0: self._contents, **self._files})
-
-    def hold(self, index: Index) -> None:
-        """Keep the contents of this index, whatever is freed, until it's released."""
+    def hold(self, index: Index) -> Contents:
+        """Keep what this index stands for, whatever is freed, to be read at leisure until it's released."""
         self._held.append(index)
+        return Contents(index, {0: self._contents, **self._files})
 
     def release(self, index: Index) -> None:
         """Undo one ``hold``; the next ``keep_only`` frees them after the last."""

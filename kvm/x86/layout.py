@@ -65,6 +65,7 @@ MAX_MEMORY = 1024 * GIB - MMIO_HOLE
 """With it guest-physical addresses stay well below 2^40, which every x86-64 processor has."""
 
 # -- ports: those that a board and the tables that describe it must agree on ------------------------------------------
+FW_CFG_PORTS = 0x510
 POWER_PORTS = 0x600
 """ACPI's PM1 event and control registers: 6 bytes."""
 RESET_PORT = 0xCF9

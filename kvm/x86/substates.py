@@ -36,10 +36,6 @@ from kvm.x86.structs import (
 RUNTIME, RESET, FULL = WritebackLevel
 
 
-def _whole(raw: bytes, level: WritebackLevel) -> bytes:
-    return raw
-
-
 def _events_at(raw: bytes, level: WritebackLevel) -> bytes:
     """At RUNTIME the NMI, SIPI and SMM parts stay the kernel's (QEMU 4fadfa0030, ea64305139)."""
     if level > RUNTIME:
@@ -51,7 +47,7 @@ def _events_at(raw: bytes, level: WritebackLevel) -> bytes:
 
 def _clock_at(raw: bytes, level: WritebackLevel) -> bytes:
     """Only the clock goes back: the flags that a get reports would make a put jump by the time in between."""
-    return bytes(ClockData(clock=ClockData.from_buffer_copy(raw).clock))
+    return raw[:8].ljust(len(raw), b"\0")  # struct kvm_clock_data begins with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +57,9 @@ class Substate:
     ``template`` is the buffer handed to the get: its length is the struct's size in bytes, its content what the
     ioctl wants filled in (MSR indices, a chip's id). ``get``/``put`` are ioctl names, None where KVM has none:
     a row without a get has its truth in our copy only. ``by_value``: the ioctl's argument is the number itself.
-    ``then``: rows that must be written again after this one. ``once``: refused by the kernel after the first run.
-    ``tolerated``: a put that fails stops nothing, and stands in the ledger; the kernel goes on with what it has.
+    ``at``: what of the bytes is written at a level; None means all. ``then``: rows that must be written again after
+    this one. ``once``: refused by the kernel after the first run. ``tolerated``: a put that fails stops nothing, and
+    stands in the ledger; the kernel goes on with what it has.
     """
 
     name: str
@@ -73,7 +70,7 @@ class Substate:
     template: bytes
     struct: type[ctypes.Structure] | None = None
     cap: str | None = None
-    at: Callable[[bytes, WritebackLevel], bytes] = _whole
+    at: Callable[[bytes, WritebackLevel], bytes] | None = None
     then: tuple[str, ...] = ()
     once: bool = False
     by_value: bool = False
@@ -108,6 +105,19 @@ class Table:
     @cached_property
     def by_name(self) -> dict[str, Substate]:
         return {row.name: row for row in self.put_order}
+
+    @cached_property
+    def followers(self) -> frozenset[str]:
+        """The rows that must be written again after another."""
+        return frozenset(name for row in self.put_order for name in row.then)
+
+    def up_to(self, level: WritebackLevel) -> tuple[Substate, ...]:
+        """What may be written at this level, in put order."""
+        return self._up_to[level]
+
+    @cached_property
+    def _up_to(self) -> dict[WritebackLevel, tuple[Substate, ...]]:
+        return {level: tuple(row for row in self.put_order if row.level <= level) for level in WritebackLevel}
 
     @cached_property
     def ours(self) -> tuple[str, ...]:
@@ -214,12 +224,16 @@ def vcpu_table(caps: Mapping[str, int], listed_msrs: Iterable[int]) -> Table:
 
 def machine_table(caps: Mapping[str, int]) -> tuple[Substate, ...]:
     """The machine's own substates, in put and get order: the chips, then the clock, before any VCPU runs."""
+    stand = "while all VCPUs stand"
     chips = tuple(
         Substate(
-            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, "while all VCPUs stand", bytes(Irqchip(chip_id=chip)),
-            Irqchip, cap="KVM_CAP_IRQCHIP",
+            name, "KVM_GET_IRQCHIP", "KVM_SET_IRQCHIP", RESET, because, bytes(Irqchip(chip_id=chip)), Irqchip,
+            cap="KVM_CAP_IRQCHIP",
         )
-        for chip, name in enumerate(("pic_master", "pic_slave", "ioapic"))
+        for name, chip, because in (
+            ("pic_slave", 1, f"{stand}; before the master, which would take the old one's request (IRQ 2)"),
+            ("pic_master", 0, stand), ("ioapic", 2, stand),
+        )
     )  # fmt: skip
     rows = (
         *chips,

@@ -95,6 +95,7 @@ def test_a_triple_fault_is_explained(guest: Guest) -> None:
     assert "triple fault" in message
     assert "VCPU 0 in long mode" in message
     assert "RIP 0x7c08" in message
+    assert "0x7c08: 0f 0b  ud2" in message
     assert "Traceback" not in message
 
 

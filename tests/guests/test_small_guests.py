@@ -68,6 +68,13 @@ def test_hello16_prints_and_exits(build: Build) -> None:
     assert debug_output(machine) == b"hello from 0x7c00\n"
 
 
+def test_vmcoreinfo64_finds_fw_cfg_and_writes_to_it(build: Build) -> None:
+    machine = build("vmcoreinfo64")
+    machine.run()
+    status = machine.wait(Phase.EXITED, Phase.STOPPED, timeout=LIMIT)
+    assert (status.phase, status.code) == (Phase.EXITED, 0)
+
+
 @pytest.mark.parametrize("vcpus", [1, 2, 4])
 def test_smp64_counts_the_vcpus(build: Build, vcpus: int) -> None:
     machine = build("smp64", vcpus=vcpus)

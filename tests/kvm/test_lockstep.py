@@ -39,6 +39,7 @@ SEABIOS_MEMORY = 16 << 20
 SMALL = {
     "counter64": "flat64", "dirty64": "flat64", "echo64": "flat64", "hello16": "flat16", "pio": "flat16",
     "smp64": "flat64", "timer64": "flat64", "triple": "flat64",
+    "vmcoreinfo64": "flat64",
 }  # fmt: skip
 """Every small guest that KVM can step on any host, and its format."""
 DIRTY64_PARAMETERS = Segment(0x8000, (16).to_bytes(8, "little") + (4096).to_bytes(8, "little"), 16)

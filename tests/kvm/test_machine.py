@@ -14,7 +14,7 @@ import pytest
 from kvm.backends.interface import ExitKind, System
 from kvm.errors import ConfigError, MachineError, MemoryAccessError
 from kvm.machine import Activity, Machine, MachineConfig, Phase
-from kvm.x86.structs import PitState2, Regs, Sregs
+from kvm.x86.structs import Irqchip, PitState2, Regs, Sregs
 from tests.kvm.machines import COUNT, EXIT_7, HLT, ORIGIN, ORIGIN_32, OUT_80, RESET_8042, TRIPLE_FAULT, build, until
 
 
@@ -251,6 +251,30 @@ def test_what_the_guest_writes_while_a_first_checkpoint_is_copied_is_in_it(
         assert len(written) == machine._vm.exact_log
 
 
+WRITE_AND_EXIT = bytes.fromhex("c6 06 00 30 02 e6 f4")
+"""mov byte [0x3000], 2; out 0xf4, al."""
+
+
+def test_a_guest_that_does_the_same_each_time_is_undone_each_time(system: System, tmp_path: Path) -> None:
+    """The page comes to hold what it held when the log was looked at last."""
+    with build(system, tmp_path, WRITE_AND_EXIT, memory=1 << 20) as machine:
+        checkpoint = machine.checkpoint()
+        for _ in range(3):
+            machine.run()
+            assert machine.wait(Phase.EXITED, timeout=20).phase is Phase.EXITED
+            assert machine.read_memory(0x3000, 1) == b"\2"
+            machine.restore(checkpoint)
+            assert machine.read_memory(0x3000, 1) == b"\0"
+
+
+def test_a_restore_says_what_it_cost(system: System, tmp_path: Path) -> None:
+    with build(system, tmp_path, HLT, memory=2 << 20) as machine:
+        checkpoint = machine.checkpoint()
+        machine.write_memory(0x100000, os.urandom(7 * 4096))
+        assert machine.restore(checkpoint) == 7
+        assert machine.restore(checkpoint) == 0
+
+
 def test_many_checkpoints_in_any_order(system: System, tmp_path: Path) -> None:
     rng = random.Random(1)
     with build(system, tmp_path, HLT, memory=2 << 20) as machine:
@@ -393,3 +417,22 @@ def test_sregs_of_the_view_are_plain_sregs(system: System, tmp_path: Path) -> No
         machine.run()
         sampled(machine)
         assert Sregs.from_buffer_copy(machine.view(0).sregs).cr0 & 1 == 0
+
+
+@pytest.mark.parametrize("how", ["load", "reset"])
+def test_an_interrupt_that_the_slave_8259_asks_for_is_gone_with_the_state_it_was_in(
+    system: System, tmp_path: Path, how: str
+) -> None:
+    """Put before the slave, the master took the old slave's request for one of the new state's: a spurious IRQ 15."""
+    with build(system, tmp_path, COUNT) as machine:
+        quiet = machine.save()
+        chip = Irqchip.from_buffer_copy(quiet.machine["pic_slave"])
+        chip.chip[0] = chip.chip[1] = 1  # last_irr, irr: IRQ 8
+        machine.load(replace(quiet, machine={**quiet.machine, "pic_slave": bytes(chip)}))
+        if how == "load":
+            machine.load(quiet)
+        else:
+            machine.reset()
+        after = machine.save().machine
+        for name in ("pic_master", "pic_slave"):
+            assert after[name] == quiet.machine[name]

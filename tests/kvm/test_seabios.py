@@ -17,7 +17,7 @@ MEMORY = 64 << 20
 
 
 @pytest.mark.parametrize("name", ["bios.bin", "bios-microvm.bin"])
-def test_seabios_prints_its_banner_on_the_debug_console(system: System, name: str) -> None:
+def test_seabios_comes_to_its_boot_menu(system: System, name: str) -> None:
     if not (FOLDER / name).exists():
         pytest.skip(f"Debian's package seabios is not installed: {FOLDER / name} is missing")
     image = loader.load(FOLDER / name, memory=MEMORY)
@@ -35,3 +35,5 @@ def test_seabios_prints_its_banner_on_the_debug_console(system: System, name: st
         machine.run()
         until(banner)
         until(lambda: banner() and seen == {0, 1})  # real mode at the reset vector, 32-bit mode for its set-up
+        until(lambda: machine.request_samples() or b"Press ESC for boot menu." in console.since(0)[0])
+        assert b"QEMU fw_cfg DMA interface supported" in console.since(0)[0]

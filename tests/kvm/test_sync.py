@@ -12,6 +12,7 @@ from kvm import sync
 from kvm.backends.interface import System
 from kvm.levels import WritebackLevel
 from kvm.machine import Machine
+from kvm.snapshot.contents import Index
 from kvm.x86 import tsc
 from kvm.x86.structs import Regs
 from tests.kvm.contract.lab import Tracing, inject, makes_progress
@@ -126,12 +127,37 @@ def test_synchronize_state_reads_once(machine: Machine) -> None:
 
 
 def test_pre_loadvm_takes_ownership_without_reading(machine: Machine) -> None:
+    copies = [dict(vcpu.copy) for vcpu in machine.vcpus]
     with Tracing(machine) as trace:
-        sync.cpu_synchronize_all_pre_loadvm(machine.vcpus, ledger=machine.ledger, caller="test")
+        reading = sync.cpu_synchronize_all_pre_loadvm(machine.vcpus, ledger=machine.ledger, caller="test")
         for vcpu in machine.vcpus:  # what a device's load might do
             sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
-    assert trace.calls == []
+        if reading:
+            reading.done(machine.vcpus[0])
+    # Nothing but what all TSC offsets are found by, and that into no copy.
+    assert [name for _, name in trace.moved(0)] == (list(tsc.FOUND_IN) if reading else [])
+    assert len(trace.calls) == len(trace.moved(0))
+    assert (reading is not None) is ("tsc_offset" in machine.table.by_name)
     assert all(vcpu.dirty for vcpu in machine.vcpus)
+    assert [vcpu.copy for vcpu in machine.vcpus] == copies
+
+
+def test_memory_is_back_before_a_vcpu_is_put(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the PDPTEs aren't in the state (before SREGS2), KVM_SET_SREGS reads them from the guest's memory."""
+    checkpoint = machine.checkpoint()
+    put_back = machine._pages.put_back
+    with Tracing(machine) as trace:
+        before: list[list[str]] = []
+
+        def look(index: Index) -> int:
+            copied = put_back(index)
+            before.append([call.ioctl for call in trace.calls if "_SET_" in call.ioctl])
+            return copied
+
+        monkeypatch.setattr(machine._pages, "put_back", look)
+        machine.restore(checkpoint)
+    assert before == [[]]
+    assert "KVM_SET_REGS" in [call.ioctl for call in trace.calls]
 
 
 def test_reset_and_full_refuse_while_a_vcpu_runs(machine: Machine) -> None:
@@ -218,7 +244,7 @@ def test_a_record_says_who_called_and_how_far_apart_the_vcpus_stopped(machine: M
     assert (machine.ledger.records[-1].caller, machine.ledger.records[-1].hook) == ("edit", "cpu_synchronize_state")
 
 
-CHIPS = ("pic_master", "pic_slave", "ioapic", "pit")
+CHIPS = ("pic_slave", "pic_master", "ioapic", "pit")
 
 
 @pytest.mark.parametrize(

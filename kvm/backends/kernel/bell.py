@@ -6,27 +6,42 @@ A lock or queue of Python's is released with the GIL held: who it wakes finds th
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING, Any
 
 from kvm.backends.kernel.library import ffi, lib
+
+if TYPE_CHECKING:
+    from kvm.backends.kernel.batch import KernelBatch
 
 
 class FutexBell:
     """See ``interface.Bell``."""
 
-    def __init__(self) -> None:
-        self._state = ffi.new("uint32_t *")
+    def __init__(self, state: Any = None) -> None:
+        """``state``: a struct vd_bell that is there already."""
+        self._state = ffi.new("struct vd_bell *") if state is None else state
+        self._handed: tuple[KernelBatch[Any] | None, ...] = (None, None)
+        """The shim still looks at a job's bell when the next one can be handed over already: two are kept."""
 
     def ring(self) -> None:
         lib.vd_bell_ring(self._state)
 
     def wait(self, timeout: float | None = None) -> bool:
-        end = None if timeout is None else time.monotonic() + timeout
-        nanoseconds = -1
+        if timeout is None:
+            while not lib.vd_bell_wait(self._state, -1):
+                """A signal: Python's handlers run here."""
+            return True
+        end = time.monotonic() + timeout
         while True:
-            if end is not None:
-                nanoseconds = max(int((end - time.monotonic()) * 1e9), 0)
-            # A signal ends the wait too: Python's handlers run here.
+            nanoseconds = max(int((end - time.monotonic()) * 1e9), 0)
             if lib.vd_bell_wait(self._state, nanoseconds):
                 return True
             if nanoseconds == 0:
                 return False
+
+    def hand(self, batch: KernelBatch[Any]) -> bool:
+        """Have whoever waits here make it, without the GIL. False while another one is under way."""
+        if not lib.vd_bell_hand(self._state, batch.job):
+            return False
+        self._handed = (self._handed[1], batch)
+        return True

@@ -41,11 +41,11 @@ class Fd:
             raise KvmError(ioctl, -result, vcpu=self.vcpu, detail=detail)
         return result
 
-    def note(self, ioctl: str, substate: str = "") -> None:
-        """Append to the trace, if anybody wants one."""
+    def note(self, ioctl: str, substate: str = "", thread: int = 0) -> None:
+        """Append to the trace, if anybody wants one; ``thread`` made it, if it wasn't the calling one."""
         trace = self._tracer.trace
         if trace is not None:
-            trace.append(IoctlTrace(ioctl, substate, self.vcpu, threading.get_ident()))
+            trace.append(IoctlTrace(ioctl, substate, self.vcpu, thread or threading.get_ident()))
 
     @property
     def traced(self) -> bool:

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -85,22 +86,123 @@ int vd_irq_line(int fd, uint32_t gsi, uint32_t level)
 
 enum { SILENT, RUNG, AWAITED };
 
-void vd_bell_ring(uint32_t *bell)
+/*
+ * A thread that waits spins first, as the kernel's haltpoll does (guest-halt-polling.rst): waking a core that sleeps
+ * takes longer than most of what threads wait for here. Only while every VCPU's thread and one more have a core each,
+ * not on the core of the thread that is waited for, and for a while not where that came to nothing, each time for
+ * longer, or where the core was away for as long as busy threads have it: they want it then, and who sleeps gets it
+ * back sooner than who has spun.
+ */
+#define SPIN_NS 200000
+#define AWAY_NS 500000
+#define SHORT_WHILE_NS 1000000
+#define LONG_WHILE_NS 64000000
+static _Thread_local int64_t no_spin_until, next_while = SHORT_WHILE_NS;
+static _Thread_local int32_t waited_for; /* the core, from 1 on, of the thread that this one has roused last; 0: unknown */
+static int cores;
+static atomic_int vcpus;
+
+static int64_t now_ns(void)
 {
-	if (atomic_exchange((_Atomic uint32_t *)bell, RUNG) == AWAITED)
-		syscall(SYS_futex, bell, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-/* 1 once it is rung, which silences it; 0 after timeout_ns (negative: never) or a signal. One thread waits. */
-int vd_bell_wait(uint32_t *bell, int64_t timeout_ns)
+static void note_cores(struct vd_bell *bell)
 {
-	_Atomic uint32_t *state = (_Atomic uint32_t *)bell;
-	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
-	uint32_t silent = SILENT;
+	waited_for = bell->waits_on;
+	bell->rung_on = sched_getcpu() + 1;
+}
 
-	if (atomic_compare_exchange_strong(state, &silent, AWAITED))
-		syscall(SYS_futex, bell, FUTEX_WAIT_PRIVATE, AWAITED, timeout_ns < 0 ? NULL : &limit, NULL, 0);
-	return atomic_exchange(state, SILENT) == RUNG;
+void vd_bell_ring(struct vd_bell *bell)
+{
+	note_cores(bell);
+	if (atomic_exchange((_Atomic uint32_t *)&bell->state, RUNG) == AWAITED)
+		syscall(SYS_futex, &bell->state, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+
+void vd_make(struct vd_job *job)
+{
+	job->thread = (uint64_t)pthread_self();
+	job->began_ns = now_ns();
+	job->done = vd_batch(job->fd, job->buffer, job->calls, job->count);
+	job->ended_ns = now_ns();
+}
+
+/* Have the thread that waits at the bell make the job, and ring the job's own bell. 0: another one is under way. */
+int vd_bell_hand(struct vd_bell *bell, struct vd_job *job)
+{
+	uint32_t awaited = AWAITED;
+	struct vd_job *none = NULL;
+
+	note_cores(bell);
+	if (!atomic_compare_exchange_strong((struct vd_job *_Atomic *)&bell->job, &none, job))
+		return 0;
+	if (atomic_compare_exchange_strong((_Atomic uint32_t *)&bell->state, &awaited, SILENT))
+		syscall(SYS_futex, &bell->state, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+	return 1;
+}
+
+/* Did a job come, or a ring, before it was time to sleep? */
+static int spin(struct vd_bell *bell, int64_t timeout_ns)
+{
+	int32_t other = bell->rung_on ? bell->rung_on : waited_for;
+	int64_t now = now_ns(), before = now;
+	int64_t end = now + (timeout_ns < 0 || timeout_ns > SPIN_NS ? SPIN_NS : timeout_ns);
+
+	if (now < no_spin_until || atomic_load(&vcpus) >= cores || other == bell->waits_on)
+		return 0;
+	for (; now < end; before = now, now = now_ns()) {
+		if (atomic_load((struct vd_job *_Atomic *)&bell->job) ||
+		    atomic_load((_Atomic uint32_t *)&bell->state) == RUNG) {
+			next_while = SHORT_WHILE_NS;
+			return 1;
+		}
+		__builtin_ia32_pause();
+	}
+	if (now - before > AWAY_NS)
+		next_while = LONG_WHILE_NS;
+	no_spin_until = now + next_while;
+	next_while = 2 * next_while < LONG_WHILE_NS ? 2 * next_while : LONG_WHILE_NS;
+	return 0;
+}
+
+/*
+ * 1 once it is rung, which silences it; 0 after timeout_ns (negative: never) or a signal. One thread waits; jobs that
+ * it is handed meanwhile it makes here.
+ */
+int vd_bell_wait(struct vd_bell *bell, int64_t timeout_ns)
+{
+	_Atomic uint32_t *state = (_Atomic uint32_t *)&bell->state;
+	struct vd_job *_Atomic *slot = (struct vd_job *_Atomic *)&bell->job;
+	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
+
+	for (int slept = 0;; ) {
+		struct vd_job *job = atomic_load(slot);
+		uint32_t rung = RUNG, silent = SILENT, awaited = AWAITED;
+
+		bell->waits_on = sched_getcpu() + 1;
+		if (job) {
+			vd_make(job);
+			atomic_store(slot, NULL); /* first: who hears the ring may hand over the next */
+			vd_bell_ring(&job->answer);
+			slept = 0;
+			continue;
+		}
+		if (atomic_compare_exchange_strong(state, &rung, SILENT))
+			return 1;
+		if (slept)
+			return 0;
+		if (spin(bell, timeout_ns))
+			continue;
+		/* Who hands a job over sees AWAITED, or we see the job. */
+		if (atomic_compare_exchange_strong(state, &silent, AWAITED) && !atomic_load(slot))
+			slept = syscall(SYS_futex, state, FUTEX_WAIT_PRIVATE, AWAITED,
+					timeout_ns < 0 ? NULL : &limit, NULL, 0) != 0;
+		atomic_compare_exchange_strong(state, &awaited, SILENT);
+	}
 }
 
 /* --- VCPUs ------------------------------------------------------------------------------------------------ */
@@ -131,7 +233,9 @@ static void do_nothing(int signal)
 int vd_install_handler(void)
 {
 	struct sigaction action = { .sa_handler = do_nothing };
+	cpu_set_t ours;
 
+	cores = sched_getaffinity(0, sizeof(ours), &ours) ? 1 : CPU_COUNT(&ours);
 	kick_signal = SIGRTMIN + 1;
 	sigemptyset(&action.sa_mask);
 	return sigaction(kick_signal, &action, NULL) ? -errno : 0;
@@ -153,6 +257,7 @@ struct vd_vcpu *vd_vcpu_open(int fd, size_t size, int sync_regs, int ring_page)
 		errno = error;
 		return NULL;
 	}
+	atomic_fetch_add(&vcpus, 1);
 	v->fd = fd;
 	v->size = size;
 	v->sync_regs = sync_regs;
@@ -166,6 +271,7 @@ void vd_vcpu_close(struct vd_vcpu *v)
 {
 	munmap(v->run, v->size);
 	free(v);
+	atomic_fetch_sub(&vcpus, 1);
 }
 
 char *vd_vcpu_page(struct vd_vcpu *v)
@@ -173,10 +279,16 @@ char *vd_vcpu_page(struct vd_vcpu *v)
 	return (char *)v->run;
 }
 
-/* The calling thread is the one that kicks go to. */
+/*
+ * The calling thread is the one that kicks go to. Where it's woken on the core of the thread that woke it, it must not
+ * take that core at once, least of all for a busy guest: a batch thread waits for its turn (sched(7)).
+ */
 void vd_bind(struct vd_vcpu *v)
 {
+	struct sched_param param = { 0 };
 	sigset_t set;
+
+	sched_setscheduler(0, SCHED_BATCH, &param);
 
 	sigemptyset(&set);
 	sigaddset(&set, kick_signal);
@@ -244,7 +356,6 @@ void vd_publish(struct vd_vcpu *v)
 	struct kvm_sync_regs *regs = &v->run->s.regs;
 	uint64_t next = atomic_load(&v->sequence) + 1;
 	struct vd_sample *sample = &v->samples[next & 1];
-	struct timespec now;
 
 	if (!v->sync_regs)
 		return;
@@ -256,9 +367,8 @@ void vd_publish(struct vd_vcpu *v)
 		if (!regs->regs.rflags)
 			return;
 	}
-	clock_gettime(CLOCK_MONOTONIC, &now);
 	sample->sequence = next;
-	sample->time_ns = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+	sample->time_ns = now_ns();
 	sample->regs = regs->regs;
 	sample->sregs = regs->sregs;
 	sample->events = regs->events;

@@ -32,8 +32,34 @@ int vd_ioctl(int fd, unsigned long request, void *argument);
 int vd_ioctl_value(int fd, unsigned long request, unsigned long value);
 int vd_batch(int fd, char *buffer, struct vd_call *calls, int count);
 int vd_irq_line(int fd, uint32_t gsi, uint32_t level);
-void vd_bell_ring(uint32_t *bell);
-int vd_bell_wait(uint32_t *bell, int64_t timeout_ns);
+
+struct vd_job;
+
+/* Where one thread waits. Both all zero at first. */
+struct vd_bell {
+	uint32_t state;
+	int32_t rung_on; /* the core that it was rung on last, from 1 on; 0: unknown */
+	int32_t waits_on; /* and the one that it is awaited on */
+	struct vd_job *job; /* handed over, and not done yet */
+};
+
+/* A batch to be made on another thread. It and what it points to must stay until its own bell has been rung. */
+struct vd_job {
+	struct vd_bell answer;
+	int32_t fd;
+	int32_t count;
+	char *buffer;
+	struct vd_call *calls;
+	int64_t began_ns; /* CLOCK_MONOTONIC, and so the end */
+	int64_t ended_ns;
+	uint64_t thread; /* pthread_self() of the one that made it */
+	int32_t done;    /* what vd_batch returned */
+};
+
+void vd_make(struct vd_job *job);
+void vd_bell_ring(struct vd_bell *bell);
+int vd_bell_hand(struct vd_bell *bell, struct vd_job *job);
+int vd_bell_wait(struct vd_bell *bell, int64_t timeout_ns);
 
 struct vd_sample {
 	uint64_t sequence;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 import threading
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvm.backends.interface import Bus, Exit, ExitKind, Sample
 from kvm.backends.kernel import stats
-from kvm.backends.kernel.batch import Batches
+from kvm.backends.kernel.batch import Batches, KernelBatch
 from kvm.backends.kernel.bell import FutexBell
 from kvm.backends.kernel.exits import UNION, decode
 from kvm.backends.kernel.fd import Fd
@@ -88,11 +89,9 @@ class KernelVcpuFd:
 
     def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
         self._check_owner()
-        tolerated = self._batches.put(rows)
-        for row, raw in rows[-1:]:
-            if row.put == "KVM_SET_GUEST_DEBUG":  # always the last one
-                self._stepping = bool(GuestDebug.from_buffer_copy(raw).control & GUESTDBG_SINGLESTEP)
-        return tolerated
+        batch = self.putting(rows)
+        batch.make()
+        return batch.outcome()
 
     def inject_nmi(self) -> None:
         """Queue an NMI (KVM_NMI). Raises KvmError."""
@@ -151,6 +150,19 @@ class KernelVcpuFd:
         lib.vd_clear_kick(self.mapping)
 
     # Anybody's
+
+    def getting(self, rows: Sequence[Substate]) -> KernelBatch[list[bytes]]:
+        return self._batches.getting(rows)
+
+    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> KernelBatch[tuple[SubstateError, ...]]:
+        batch = self._batches.putting(rows)
+        for row, raw in rows[-1:]:
+            if row.put == "KVM_SET_GUEST_DEBUG":  # always the last one
+                batch.written = functools.partial(self._debug_written, GuestDebug.from_buffer_copy(raw).control)
+        return batch
+
+    def _debug_written(self, control: int) -> None:
+        self._stepping = bool(control & GUESTDBG_SINGLESTEP)
 
     def bell(self) -> FutexBell:
         return FutexBell()

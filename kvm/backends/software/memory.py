@@ -71,6 +71,12 @@ class Slot:
         self.backed[backed] = True
         return np.concatenate(found)
 
+    def filled(self, pages: NDArray[np.int64]) -> None:
+        """The host has written these pages, which makes them no more dirty than they were."""
+        if self.shadow is not None:
+            self.shadow[pages] = self.pages[pages]
+            self.backed[pages] = True
+
     def release(self) -> None:
         """Let go of the host memory, so that its owner can close it."""
         self.view.release()
@@ -110,6 +116,12 @@ class Slots:
         if slot is None:
             raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, detail=f"no slot {number}")
         return slot.dirty_pages()
+
+    def filled(self, pointer: int, pages: NDArray[np.int64]) -> None:
+        """The host has written these pages of the memory that lies there, a slot's perhaps; KVM logs no such writes."""
+        for slot in self._sorted:
+            if slot.pointer == pointer:
+                slot.filled(pages)
 
     def layout(self) -> list[tuple[int, int, int, bool]]:
         """As ``Engine.map`` wants it."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from kvm.backends.deferred import Deferred
 from kvm.backends.interface import Bus, Exit, ExitKind, Sample
 from kvm.backends.software import delivery, engine, instructions, ioapic, lapic, state
 from kvm.backends.software.bell import QueueBell
@@ -144,6 +145,12 @@ class SoftwareVcpu:
             finally:
                 self.engine.commit(flush=True)
         return tolerated
+
+    def getting(self, rows: Sequence[Substate]) -> Deferred[list[bytes]]:
+        return Deferred(lambda: self.get(rows))
+
+    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Deferred[tuple[SubstateError, ...]]:
+        return Deferred(lambda: self.put(rows))
 
     def kvmclock_ctrl(self) -> None:
         """There is no kvmclock here."""

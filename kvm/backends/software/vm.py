@@ -92,6 +92,7 @@ class SoftwareVm:
         source_pages: NDArray[np.int64],
     ) -> None:
         to.reshape(-1, PAGE_SIZE)[to_pages] = source.reshape(-1, PAGE_SIZE)[source_pages]
+        self.slots.filled(int(to.ctypes.data), to_pages)
 
     def memory_changed(self) -> None:
         with self.scheduler.attention():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -19,7 +21,7 @@ from kvm.host_memory import anonymous
 from kvm.x86 import msrs
 from kvm.x86.structs import ClockData, PitState2, Regs, VcpuEvents, pack_msrs, unpack_msrs
 from kvm.x86.substates import Substate, machine_table
-from tests.kvm.backends.real import STOP, Guest, Running
+from tests.kvm.backends.real import STOP, Guest, Running, until
 
 pytestmark = pytest.mark.kvm
 
@@ -51,6 +53,71 @@ def test_every_row_comes_back_as_it_was_put(guest: Guest) -> None:
     guest.vcpu.put([(row, first[row]) for row in guest.table.put_order if row in first])
     for row, raw in zip(rows, guest.vcpu.get(rows), strict=True):
         assert _settled(row, raw) == _settled(row, first[row]), row.name
+
+
+def test_a_batch_handed_over_is_made_by_the_thread_that_waits(guest: Guest) -> None:
+    bell, woken = guest.vcpu.bell(), []
+
+    def wait() -> None:
+        while bell.wait(20) and len(woken) < 100:
+            woken.append(threading.get_ident())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    rows = [guest.table.by_name[name] for name in ("regs", "sregs")]
+    expected = guest.vcpu.get(rows)
+    for number in range(2000):
+        if number % 20 == 0:  # a ring among the jobs is heard as a ring
+            bell.ring()
+            until(lambda number=number: len(woken) == number // 20 + 1)
+        batch = guest.vcpu.getting(rows)
+        answer = batch.hand(bell)
+        assert answer is not None
+        assert answer.wait(20)
+        assert batch.outcome() == expected
+        assert batch.job.thread == thread.ident
+    bell.ring()
+    thread.join(20)
+    assert len(woken) == 100
+
+
+def test_a_batch_handed_over_needs_no_turn_of_the_interpreter(guest: Guest) -> None:
+    bell = guest.vcpu.bell()
+    thread = threading.Thread(target=bell.wait)
+    thread.start()
+    patience = sys.getswitchinterval()
+    first = guest.vcpu.getting([guest.table.by_name["regs"]])
+    there = first.hand(bell)
+    assert there is not None
+    assert there.wait(20)
+    batch = guest.vcpu.getting([guest.table.by_name["regs"]])
+    try:
+        sys.setswitchinterval(1000)  # this thread keeps the GIL from here on
+        assert batch.hand(bell)
+        end = time.monotonic() + 20
+        while not batch.began_ns and time.monotonic() < end:
+            pass
+        made = bool(batch.began_ns)
+    finally:
+        sys.setswitchinterval(patience)
+    bell.ring()
+    thread.join(20)
+    assert made
+
+
+def test_one_batch_at_a_time_is_handed_over(guest: Guest) -> None:
+    bell, rows = guest.vcpu.bell(), [guest.table.by_name["regs"]]
+    first, second = guest.vcpu.getting(rows), guest.vcpu.getting(rows)
+    answer = first.hand(bell)
+    assert answer is not None
+    assert second.hand(bell) is None  # nobody has waited yet
+    bell.ring()
+    assert bell.wait(20)
+    assert answer.wait(20)
+    assert second.hand(bell) is not None
+    bell.ring()
+    assert bell.wait(20)
+    assert first.outcome() == second.outcome() == guest.vcpu.get(rows)
 
 
 def test_a_batch_writes_each_row_its_own_bytes(guest: Guest) -> None:
@@ -243,7 +310,7 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
         ("KVM_SET_REGS", "regs", 0, here),
         ("KVM_SET_MP_STATE", "mp_state", 0, here),
         ("KVM_IRQ_LINE", "", None, here),
-        ("KVM_GET_IRQCHIP", "pic_master", None, here),
+        ("KVM_GET_IRQCHIP", "pic_slave", None, here),
         ("KVM_RUN", "", 0, here),  # port 0xf4
         ("KVM_RUN", "", 0, here),  # the kick
     ]

@@ -97,7 +97,7 @@ def test_seabios_finds_its_console_and_the_memory(system: System, name: str) -> 
         machine.run()
         console, seen, position = machine.board.debug_console, b"", 0
         end = time.monotonic() + 30
-        while b"RamSize: 0x00400000 [cmos]" not in seen:
+        while b"qemu/e820: addr 0x0000000000000000 len 0x0000000000400000 [RAM]" not in seen:
             assert time.monotonic() < end, seen
             machine.request_samples()  # the console's ports are coalesced: this hands their writes on
             console.wait(position, 0.1)

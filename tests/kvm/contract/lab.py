@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from kvm import sync
+from kvm.backends.deferred import Deferred
 from kvm.backends.interface import Bus, Exit, IoctlTrace, VcpuFd, Vm
 from kvm.chips import Chips
 from kvm.errors import KvmError, SubstateError
@@ -216,6 +217,12 @@ class FaultyFd:
                     raise
                 tolerated += (error,)
         return tolerated
+
+    def getting(self, rows: Sequence[Substate]) -> Deferred[list[bytes]]:
+        return Deferred(lambda: self.get(rows))
+
+    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Deferred[tuple[SubstateError, ...]]:
+        return Deferred(lambda: self.put(rows))
 
     def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], what: Any) -> Any:
         assert ioctl is not None

@@ -178,6 +178,7 @@ def test_bug_02_the_flags_of_what_arrives_by_itself_are_clear_at_runtime_only(sy
     row = vcpu_table(system.caps, system.msr_list()).by_name["events"]
     flags = EVENT_VALID_NMI_PENDING | EVENT_VALID_SIPI_VECTOR | EVENT_VALID_SMM
     raw = bytes(VcpuEvents(flags=flags, nmi_pending=1, sipi_vector=8))
+    assert row.at
     assert VcpuEvents.from_buffer_copy(row.at(raw, RUNTIME)).flags == 0
     assert row.at(raw, RESET) == row.at(raw, FULL) == raw
 
@@ -354,7 +355,14 @@ def do_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         reply.deliver(lambda: result)
         return reply
 
+    def make(vcpu: Vcpu, batch: Any) -> Reply[Any]:
+        batch.make()
+        made: Reply[Any] = Reply(vcpu.index, vcpu.fd.bell())
+        made.deliver(batch.outcome)
+        return made
+
     monkeypatch.setattr(Vcpu, "post", post)
+    monkeypatch.setattr(Vcpu, "make", make)
 
 
 def test_bug_07_an_ioctl_from_another_thread_is_refused(system: System, tmp_path: Path) -> None:
@@ -410,7 +418,7 @@ OFFSETS_AS_OTHERS_HAD_THEM: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-def each_by_itself(vcpus: Any, level: Any) -> Any:
+def each_by_itself(vcpus: Any, level: Any, reading: Any) -> Any:
     """The offsets as they were saved, on a host whose TSC is another by now."""
     return sync._on_all(vcpus, lambda vcpu: sync._put(vcpu, level))
 
@@ -760,11 +768,12 @@ def look_then_clear(self: Vcpu) -> None:
         if self.running and self._mailbox.empty():
             self.fd.clear_kick()
             self._run_guest()
-            continue
-        job = self._mailbox.get()
-        if job is None:
+        elif self._mailbox.empty():
+            self._bell.wait()
+        elif (job := self._mailbox.get()) is None:
             return
-        job()
+        else:
+            job()
 
 
 # 14: the pause holds a lock that the VCPU's device access needs

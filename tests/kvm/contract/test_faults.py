@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -489,12 +489,14 @@ def test_a_partial_msr_put_names_index_and_value_at_each_level(scene: Scene, lev
         told = machine.status.reason
         machine.vcpus[VICTIM].copy["msrs"] = good  # as it was before: yet it isn't what the kernel holds now
     elif level is RESET:
-        fresh = machine._fresh[VICTIM]
-        machine._fresh[VICTIM] = {**fresh, "msrs": bad}
+        fresh = machine._fresh
+        vcpus = list(fresh.vcpus)
+        vcpus[VICTIM] = {**vcpus[VICTIM], "msrs": bad}
+        machine._fresh = replace(fresh, vcpus=tuple(vcpus))
         with pytest.raises(SubstateError) as caught:
             machine.reset()
         told = str(caught.value)
-        machine._fresh[VICTIM] = fresh
+        machine._fresh = fresh
     else:
         vcpus = list(scene.state.vcpus)
         vcpus[VICTIM] = {**vcpus[VICTIM], "msrs": bad}

@@ -340,7 +340,7 @@ class ContractModel(RuleBasedStateMachine):
     def reset(self) -> None:
         was_running = self.running()
         self.stop_first()
-        fresh = self.machine._fresh
+        fresh = self.machine._fresh.vcpus
         if self.attempt(self.machine.reset):
             self.half_done = False
             self.written(RESET)
@@ -503,9 +503,9 @@ def clear_dirty_before_the_put(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sync._put
 
     def early(vcpu: Any, level: Any) -> Any:
-        done = real(vcpu, level)
+        finish = real(vcpu, level)
         vcpu.dirty = False
-        return done
+        return finish
 
     monkeypatch.setattr(sync, "_put", early)
 

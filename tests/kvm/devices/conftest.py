@@ -30,6 +30,13 @@ class Recorder:
     def request_power_off(self) -> None:
         self.power_offs += 1
 
+    def dma_read(self, address: int, size: int) -> bytes | None:
+        """There is no memory."""
+        return None
+
+    def dma_write(self, address: int, data: bytes) -> bool:
+        return False
+
 
 @pytest.fixture
 def platform() -> Recorder:

@@ -17,6 +17,7 @@ def scribble(board: Board) -> None:
         (0x3FC, 0x08), (0x3F9, 0x02), (0x602, 0x20),
     ):  # fmt: skip
         board.bus.port_out(port, 1, value)
+    board.bus.port_out(0x510, 2, 0x19)
     board.serial.feed(b"waiting")
 
 
@@ -25,7 +26,7 @@ def test_a_saved_board_comes_back(board: Board, platform) -> None:
     scribble(board)
     saved = board.save()
     assert {name for name in saved if saved[name] != fresh[name]} == {
-        "i8042", "cmos", "post", "port92", "uart", "reset_control", "power_control",
+        "i8042", "cmos", "post", "port92", "uart", "fw_cfg", "reset_control", "power_control",
     }  # fmt: skip
     board.load(fresh)
     assert board.save() == fresh
@@ -46,8 +47,8 @@ def test_reset_leaves_what_power_on_leaves_but_for_the_battery_and_the_line(boar
 
 
 @pytest.mark.parametrize("name", [
-    "i8042", "cmos", "post", "port92", "debugcon_e9", "debug_exit", "uart", "debugcon_402", "reset_control",
-    "power_control",
+    "i8042", "cmos", "post", "port92", "debugcon_e9", "debug_exit", "uart", "debugcon_402", "fw_cfg",
+    "reset_control", "power_control",
 ])  # fmt: skip
 def test_a_damaged_device_state_changes_no_device(board: Board, name: str) -> None:
     fresh = board.save()

@@ -86,6 +86,17 @@ def with_device(path: Path, name: str, raw: bytes) -> Path:
     return rewritten(path, change)
 
 
+def without_device(path: Path, name: str) -> Path:
+    """A file as from before vmdeck's board had this."""
+
+    def change(draft: dict[str, Any]) -> None:
+        state: MachineState = draft["state"]
+        devices = {key: raw for key, raw in state.devices.items() if key != name}
+        draft["state"] = replace(state, devices=devices)
+
+    return rewritten(path, change)
+
+
 def settled(state: MachineState) -> tuple[object, ...]:
     """The state without what goes on by itself while the machine stands: the TSC (and its distance from the host's) and
     the LAPIC timer's count."""

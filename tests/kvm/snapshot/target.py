@@ -30,6 +30,7 @@ from kvm.snapshot.file import read
 from kvm.snapshot.state import MachineState
 from kvm.x86.structs import MP_STATE_RUNNABLE, MpState
 from kvm.x86.substates import machine_table, vcpu_table
+from tests.kvm.fw_cfg import note, offer
 from tests.kvm.machines import COUNT, build, until
 from tests.kvm.snapshot.crafted import memory_of, rewritten, settled
 from tests.kvm.snapshot.heads import identity, put_together, sealed, taken_apart, write
@@ -58,6 +59,7 @@ class Target:
         self.machine = build(self.system, self.folder, COUNT, vcpus=VCPUS, memory=MEMORY)
         self.machine.image = replace(self.machine.image, path="guest.bin")
         self.machine.write_memory(0x3000, b"as it was")
+        offer(self.machine, note(b"OSRELEASE=6.18.0\n"))
         self.good = self.folder / "0.vmdeck"
         with patch("time.time", return_value=0.0):  # the same identities every time: an input may name one
             for number in range(3):
@@ -159,9 +161,10 @@ class Target:
         table, rows = vcpu_table(OLD, MSRS), machine_table(OLD)
         with read(path) as file:
             state = file.head.state
-        fresh = [blank(table)] * len(state.vcpus)
+        machine = {row.name: row.template for row in rows}
+        fresh = MachineState((blank(table),) * len(state.vcpus), machine, {})
         try:
-            convert.fit(state, table, rows, fresh, {row.name: row.template for row in rows}, ran=False)
+            convert.fit(state, table, rows, fresh, ran=False)
         except ValueError as error:  # as documented
             raise SnapshotError("can't be carried") from error
 

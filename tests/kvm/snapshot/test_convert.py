@@ -45,9 +45,8 @@ def fitted(
     table = vcpu_table(caps, listed)
     rows = machine_table(caps)
     machine = {row.name: row.template for row in rows}
-    state, losses = fit(
-        MachineState((copy,), machine, {}), table, rows, [blank(table)], machine, ran=ran
-    )  # fmt: skip
+    fresh = MachineState((blank(table),), machine, {})
+    state, losses = fit(MachineState((copy,), machine, {}), table, rows, fresh, ran=ran)
     assert [row.name for row in table.put_order] == list(state.vcpus[0])
     return dict(state.vcpus[0]), losses
 
@@ -122,8 +121,8 @@ def test_a_state_without_tsc_offsets_gets_them_from_its_tscs() -> None:
     table, start = vcpu_table(caps, MSRS), 1 << 42
     apart = (0, 5_000, 1 << 40, -(1 << 40))
     old = tuple(of(NEW, msrs_reset=pack_msrs({0x10: start + ticks})) for ticks in apart)
-    fresh = [blank(table) | {"tsc_offset": b"\7" * 8}] * 4
-    state, losses = fit(MachineState(old, {}, {}), table, (), fresh, {}, ran=False)
+    fresh = MachineState((blank(table) | {"tsc_offset": b"\7" * 8},) * 4, {}, {})
+    state, losses = fit(MachineState(old, {}, {}), table, (), fresh, ran=False)
     assert not losses
     assert [int.from_bytes(vcpu["tsc_offset"], "little", signed=True) for vcpu in state.vcpus] == [
         0, 0, 1 << 40, -(1 << 40)
@@ -169,7 +168,7 @@ def test_a_machine_that_has_run_keeps_its_cpuid_and_says_so() -> None:
 def test_chips_that_are_not_there_are_told() -> None:
     table = vcpu_table(OLD, MSRS)
     state = MachineState((blank(table),), {"ioapic": bytes(Irqchip()), "hpet": b"x"}, {})
-    _, losses = fit(state, table, machine_table({}), [blank(table)], {}, ran=False)
+    _, losses = fit(state, table, machine_table({}), MachineState((blank(table),), {}, {}), ran=False)
     assert losses == ("ioapic: this backend has none", "hpet: this backend has none")
 
 
@@ -177,5 +176,5 @@ def test_vcpus_with_the_same_loss_share_a_line() -> None:
     table = vcpu_table(NEW, (0x10,))
     copy = of(NEW, msrs=pack_msrs({0xC0000103: 1}))
     state = MachineState((copy, copy), {}, {})
-    _, losses = fit(state, table, (), [blank(table)] * 2, {}, ran=False)
+    _, losses = fit(state, table, (), MachineState((blank(table),) * 2, {}, {}), ran=False)
     assert losses == ("MSR TSC_AUX = 0x1: this backend has no such register (VCPUs 0, 1)",)

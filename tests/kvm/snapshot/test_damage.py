@@ -27,6 +27,7 @@ from kvm.snapshot import chain, notes
 from kvm.snapshot.file import read
 from kvm.x86 import layout
 from kvm.x86.structs import Regs, pack_msrs
+from tests.kvm.fw_cfg import note, offer
 from tests.kvm.machines import COUNT, build, until
 from tests.kvm.snapshot import heads
 from tests.kvm.snapshot.crafted import (
@@ -45,11 +46,12 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small snapshot, with some memory in it."""
+    """A small snapshot, with some memory in it and every kind of note."""
     folder = tmp_path_factory.mktemp("small")
     system = SoftwareSystem()
     with build(system, folder, COUNT, memory=MIB) as machine:
         machine.write_memory(0x3000, os.urandom(5000))
+        offer(machine, note(b"OSRELEASE=6.18.0\n"))
         machine.save_file(folder / "small.vmdeck", name="small")
     system.close()
     return folder / "small.vmdeck"

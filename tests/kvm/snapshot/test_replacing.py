@@ -206,7 +206,7 @@ def test_15_control_pages_dirty_since_the_failure_are_not_all(system: System, tm
         with read(base) as file:
             delta = Delta(Parent(file.head.identity, base.name), np.flatnonzero(index != at_failure), False)
             snapshot = Snapshot(
-                machine.config.memory, "", 0.0, "", "", "", file.head.state, machine._pages.contents(index), b"",
+                machine.config.memory, "", 0.0, "", "", "", file.head.state, machine._pages.hold(index), b"",
                 machine.image,
             )  # fmt: skip
         write(tmp_path / "forgetful.vmdeck", snapshot, delta=delta)
