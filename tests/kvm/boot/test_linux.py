@@ -103,6 +103,17 @@ def test_the_initrd_goes_as_high_as_it_may(kernel: BzImage, memory: int, end: in
     assert (part.address, part.data) == (end - 0x2000, initrd)
 
 
+def test_the_last_address_of_an_initrd_is_one_that_it_may_use() -> None:
+    assert loaded(BzImage(initrd_addr_max=0x2FF_FFFF), initrd=bytes(0x1000)).segments[-1].address == 0x2FF_F000
+
+
+def test_a_kernel_moves_itself_to_where_its_alignment_allows() -> None:
+    room = Header.of(BzImage(pref_address=0).build()).room
+    assert (room.address, room.end) == (MIB, 2 * MIB + 4 * MIB)
+    room = Header.of(BzImage(relocatable=0).build()).room
+    assert (room.address, room.end) == (MIB, 20 * MIB)
+
+
 def test_an_initrd_that_just_fits() -> None:
     room = MEMORY - 20 * MIB
     assert loaded(BzImage(), initrd=bytes(room)).segments[-1].address == 20 * MIB
@@ -117,10 +128,10 @@ def test_an_initrd_that_just_fits() -> None:
 
 @pytest.mark.parametrize("size", [MEMORY, 6 << 30])
 def test_boot_params(size: int) -> None:
-    kernel = BzImage()
-    image = loaded(kernel, size, initrd=b"initrd", command_line="root=/dev/ram0 quiet")
+    file = bytearray(BzImage().build())
+    file[0x202 + 0x6A : 0x400] = b"\xaa" * (0x400 - 0x202 - 0x6A)  # code of the real-mode part
+    image = loaded(bytes(file), size, initrd=b"initrd", command_line="root=/dev/ram0 quiet")
     memory = memory_of(image.__class__(image.path, image.format, image.segments[:-1], b"", image.entry))
-    file = kernel.build()
     params = memory[PARAMS : PARAMS + 0x1000]
     untouched = [(0x1F1, 0x210), (0x211, 0x214), (0x220, 0x228), (0x22C, 0x202 + 0x6A)]
     assert all(params[start:end] == file[start:end] for start, end in untouched)
@@ -136,6 +147,13 @@ def test_boot_params(size: int) -> None:
     usable = sum(n for _, n, kind in ranges if kind == 1)
     assert usable == size - layout.MIB + layout.LOW_RAM_END
     assert any(a <= layout.ACPI_TABLES < a + n and kind == 2 for a, n, kind in ranges)
+
+
+def test_a_longer_header_than_there_is_room_for_is_cut_off() -> None:
+    file = bytearray(BzImage(jump=0xFF).build())
+    file[0x268:0x400] = b"\xaa" * (0x400 - 0x268)
+    params = memory_of(loaded(bytes(file)))[PARAMS : PARAMS + 0x1000]
+    assert params[0x268:0x2D0] == b"\xaa" * (0x290 - 0x268) + bytes(0x40)
 
 
 def test_without_wishes_it_prints_on_the_serial_line() -> None:
