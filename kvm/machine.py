@@ -179,8 +179,13 @@ class Machine:
             self._ran = True
             targets = self.vcpus if vcpu is None else (self.vcpus[vcpu],)
             epoch = self._supervisor.epoch
-            replies = [(target, target.step()) for target in targets]
-            outcomes = [self._stepped(target, reply) for target, reply in replies]
+            try:
+                replies = [(target, target.step()) for target in targets]
+                outcomes = [self._stepped(target, reply) for target, reply in replies]
+            except BaseException:  # none may go on stepping, least of all in a HLT
+                for target in targets:
+                    target.interrupt_step()
+                raise
             exits = [outcome() for outcome in outcomes]  # it may raise: only when none of them steps any more
             self._set_status(Status(Phase.PAUSED, "stepped"))
             for target, ended in zip(targets, exits, strict=True):
@@ -525,14 +530,8 @@ class Machine:
         self._ran = True
         self._set_status(Status(Phase.RUNNING))
         with self._orders:
-            replies = [vcpu.resume() for vcpu in self.vcpus]
-        outcomes = [reply.outcome() for reply in replies]
-        try:
-            for outcome in outcomes:
-                outcome()
-        except VmdeckError:
-            self._stop_all()
-            raise
+            for vcpu in self.vcpus:
+                vcpu.resume()
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""

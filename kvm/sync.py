@@ -255,6 +255,7 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Finish:
     except SubstateError as error:
         failure = error.at(level)
         return lambda: _failed(vcpu, None, written, failure)
+    _unknown(vcpu, written)  # until it's known: who waits for it may be interrupted
     reply = vcpu.make(batch)
 
     def finish() -> _Done:

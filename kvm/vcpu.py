@@ -7,6 +7,7 @@ it runs. Work for it (``post``, ``run_on``) is a function put into that mailbox,
 from __future__ import annotations
 
 import ctypes
+import functools
 import queue
 import threading
 import time
@@ -122,7 +123,6 @@ class Vcpu:
         self.known: dict[str, bytes] = {name: self.copy[name] for name in table.ours}
         """What the kernel holds, as far as it is known: as fetched, or as last written. Valid as ``copy`` is."""
         self.dirty = False
-        self.running = False
         self.last_put: WritebackLevel | None = None
         self.stop_reason = ""
         self._bus = bus
@@ -131,6 +131,11 @@ class Vcpu:
         self._step_control = step_control
         self._settled: tuple[int, bytes, bytes, bytes] | None = None
         """What was given back last: when, REGS, SREGS, VCPU events."""
+        self._runs = 0
+        """How often it was let run on, counted by whoever holds the machine's lock."""
+        self._stood = 0
+        """Which of these runs was the last to end, by its thread's word. Two counts, each with one writer: an order to
+        stop that is obeyed when one to run on has followed it already ends the run before."""
         self._resumed = False
         self._asked: tuple[int, bool, bool] | None = None
         """The last request for a sample: the newest one's number before it, did the VCPU wait at that one, and now?"""
@@ -139,6 +144,11 @@ class Vcpu:
         """Rung when there is mail for a VCPU that doesn't run; one that does is kicked."""
         self._thread = threading.Thread(target=self._work, name=f"vcpu{fd.index}", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Is it to run its guest? Any thread."""
+        return self._stood < self._runs
 
     # Work for the thread
 
@@ -154,11 +164,11 @@ class Vcpu:
             reply.deliver(outcome)
 
         self._mailbox.put(job)
-        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs.
+        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. Or that it is
+        # to, and it still waits.
+        self._bell.ring()
         if self.running:
             self.fd.kick()
-        else:
-            self._bell.ring()
         return reply
 
     def make(self, batch: Batch[T]) -> Reply[T]:
@@ -184,13 +194,18 @@ class Vcpu:
             return work()
         return self.post(work).outcome()()
 
-    def resume(self) -> Reply[None]:
-        """Let the guest run."""
-        return self.post(self._resume)
+    def resume(self) -> None:
+        """Let the guest run: whoever holds the machine's lock. Doesn't wait until it does: where VCPUs are more than
+        cores, its thread gets its turn behind the guests of others."""
+        self.stop_reason = ""
+        self._resumed = True
+        self._asked = None
+        self._runs += 1
+        self._bell.ring()
 
     def stop(self) -> Reply[int]:
-        """Stop the guest; the answer is when it stood, CLOCK_MONOTONIC ns."""
-        return self.post(self._stop)
+        """Stop the guest, unless it is let run on meanwhile; the answer is when it stood, CLOCK_MONOTONIC ns."""
+        return self.post(functools.partial(self._stop, self._runs))
 
     def step(self) -> Reply[Exit]:
         """Execute one instruction. The answer may not come while the VCPU is halted: see ``interrupt_step``."""
@@ -211,14 +226,8 @@ class Vcpu:
             raise MachineError(f"VCPU {self.index}'s thread did not end within {WAIT_LIMIT:g} s")
         self.fd.close()
 
-    def _resume(self) -> None:
-        self.stop_reason = ""
-        self._resumed = True
-        self._asked = None
-        self.running = True
-
-    def _stop(self) -> int:
-        self.running = False
+    def _stop(self, run: int) -> int:
+        self._stood = max(self._stood, run)
         return time.monotonic_ns()
 
     def _work(self) -> None:
@@ -227,6 +236,7 @@ class Vcpu:
             if self.running:
                 self.fd.clear_kick()  # before the look at the mailbox: a kick after it makes run() return at once
             if not self._mailbox.empty():
+                self._bell.catch_up()
                 job = self._mailbox.get()
                 if job is None:
                     return
@@ -253,7 +263,7 @@ class Vcpu:
             )
         if isinstance(ended, Exit) and ended.kind is ExitKind.KICKED:
             return
-        self.running = False
+        self._stood = self._runs
         self._on_stop(self, ended)
 
     def _step(self) -> Exit:

@@ -101,6 +101,10 @@ class Bell(Protocol):
     def wait(self, timeout: float | None = None) -> bool:
         """Until it's rung, True, or so many seconds are over, False."""
 
+    def catch_up(self) -> None:
+        """Make what was handed over so far (``Batch.hand``): the thread that waits here, before it does what it was
+        asked for later. Who handed it over may have given up since."""
+
 
 class Batch(Protocol[T]):
     """Gets or puts on one VCPU that are ready to be made, once.

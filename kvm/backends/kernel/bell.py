@@ -6,6 +6,7 @@ A lock or queue of Python's is released with the GIL held: who it wakes finds th
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kvm.backends.kernel.library import ffi, lib
@@ -20,8 +21,9 @@ class FutexBell:
     def __init__(self, state: Any = None) -> None:
         """``state``: a struct vd_bell that is there already."""
         self._state = ffi.new("struct vd_bell *") if state is None else state
-        self._handed: tuple[KernelBatch[Any] | None, ...] = (None, None)
-        """The shim still looks at a job's bell when the next one can be handed over already: two are kept."""
+        self._handed: deque[KernelBatch[Any]] = deque(maxlen=3)
+        """What the shim may still look at, whoever gives up waiting for it: the last two that were handed over, as it
+        rings a job's bell when the next one can be handed over already, and the one that is about to be."""
 
     def ring(self) -> None:
         lib.vd_bell_ring(self._state)
@@ -41,7 +43,12 @@ class FutexBell:
 
     def hand(self, batch: KernelBatch[Any]) -> bool:
         """Have whoever waits here make it, without the GIL. False while another one is under way."""
-        if not lib.vd_bell_hand(self._state, batch.job):
-            return False
-        self._handed = (self._handed[1], batch)
-        return True
+        self._handed.append(batch)  # before: a KeyboardInterrupt may come as soon as it's handed over
+        if lib.vd_bell_hand(self._state, batch.job):
+            return True
+        self._handed.remove(batch)
+        return False
+
+    def catch_up(self) -> None:
+        if self._state.job:  # a look costs no turn of the interpreter
+            lib.vd_bell_make(self._state)

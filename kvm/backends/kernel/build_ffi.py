@@ -47,7 +47,8 @@ _FUNCTIONS = """
 struct vd_call { uint64_t request; uint32_t offset; uint32_t flags; int32_t result; int32_t error; };
 struct vd_sample { uint64_t sequence; int64_t time_ns; ...; };
 struct vd_vcpu;
-struct vd_bell { ...; };
+struct vd_job;
+struct vd_bell { struct vd_job *job; ...; };
 struct vd_job {
     struct vd_bell answer; int32_t fd; int32_t count; char *buffer; struct vd_call *calls;
     int64_t began_ns; int64_t ended_ns; uint64_t thread; int32_t done;
@@ -60,6 +61,7 @@ int vd_irq_line(int fd, uint32_t gsi, uint32_t level);
 void vd_make(struct vd_job *job);
 void vd_bell_ring(struct vd_bell *bell);
 int vd_bell_hand(struct vd_bell *bell, struct vd_job *job);
+int vd_bell_make(struct vd_bell *bell);
 int vd_bell_wait(struct vd_bell *bell, int64_t timeout_ns);
 int vd_install_handler(void);
 struct vd_vcpu *vd_vcpu_open(int fd, size_t size, int sync_regs, int ring_page);

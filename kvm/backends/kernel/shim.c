@@ -110,10 +110,21 @@ static int64_t now_ns(void)
 	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
+/* Each says where one thread was a moment ago: nothing hangs on its being true still. */
+static int32_t core(int32_t *place)
+{
+	return atomic_load_explicit((_Atomic int32_t *)place, memory_order_relaxed);
+}
+
+static void note_core(int32_t *place)
+{
+	atomic_store_explicit((_Atomic int32_t *)place, sched_getcpu() + 1, memory_order_relaxed);
+}
+
 static void note_cores(struct vd_bell *bell)
 {
-	waited_for = bell->waits_on;
-	bell->rung_on = sched_getcpu() + 1;
+	waited_for = core(&bell->waits_on);
+	note_core(&bell->rung_on);
 }
 
 void vd_bell_ring(struct vd_bell *bell)
@@ -148,11 +159,11 @@ int vd_bell_hand(struct vd_bell *bell, struct vd_job *job)
 /* Did a job come, or a ring, before it was time to sleep? */
 static int spin(struct vd_bell *bell, int64_t timeout_ns)
 {
-	int32_t other = bell->rung_on ? bell->rung_on : waited_for;
+	int32_t rung_on = core(&bell->rung_on), other = rung_on ? rung_on : waited_for;
 	int64_t now = now_ns(), before = now;
 	int64_t end = now + (timeout_ns < 0 || timeout_ns > SPIN_NS ? SPIN_NS : timeout_ns);
 
-	if (now < no_spin_until || atomic_load(&vcpus) >= cores || other == bell->waits_on)
+	if (!timeout_ns || now < no_spin_until || atomic_load(&vcpus) >= cores || other == core(&bell->waits_on))
 		return 0;
 	for (; now < end; before = now, now = now_ns()) {
 		if (atomic_load((struct vd_job *_Atomic *)&bell->job) ||
@@ -169,6 +180,20 @@ static int spin(struct vd_bell *bell, int64_t timeout_ns)
 	return 0;
 }
 
+/* By the thread that waits at the bell: make the job that was handed over, if there is one; was there? */
+int vd_bell_make(struct vd_bell *bell)
+{
+	struct vd_job *_Atomic *slot = (struct vd_job *_Atomic *)&bell->job;
+	struct vd_job *job = atomic_load(slot);
+
+	if (!job)
+		return 0;
+	vd_make(job);
+	atomic_store(slot, NULL); /* first: who hears the ring may hand over the next */
+	vd_bell_ring(&job->answer);
+	return 1;
+}
+
 /*
  * 1 once it is rung, which silences it; 0 after timeout_ns (negative: never) or a signal. One thread waits; jobs that
  * it is handed meanwhile it makes here.
@@ -180,14 +205,10 @@ int vd_bell_wait(struct vd_bell *bell, int64_t timeout_ns)
 	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
 
 	for (int slept = 0;; ) {
-		struct vd_job *job = atomic_load(slot);
 		uint32_t rung = RUNG, silent = SILENT, awaited = AWAITED;
 
-		bell->waits_on = sched_getcpu() + 1;
-		if (job) {
-			vd_make(job);
-			atomic_store(slot, NULL); /* first: who hears the ring may hand over the next */
-			vd_bell_ring(&job->answer);
+		note_core(&bell->waits_on);
+		if (vd_bell_make(bell)) {
 			slept = 0;
 			continue;
 		}
@@ -281,15 +302,16 @@ char *vd_vcpu_page(struct vd_vcpu *v)
 
 /*
  * The calling thread is the one that kicks go to. Where it's woken on the core of the thread that woke it, it must not
- * take that core at once, least of all for a busy guest: a batch thread waits for its turn (sched(7)).
+ * take that core at once, least of all for a busy guest: a batch thread waits for its turn (sched(7)). One that was
+ * given another policy (chrt) keeps it, and a refusal (seccomp) costs nothing but time.
  */
 void vd_bind(struct vd_vcpu *v)
 {
 	struct sched_param param = { 0 };
 	sigset_t set;
 
-	sched_setscheduler(0, SCHED_BATCH, &param);
-
+	if (sched_getscheduler(0) == SCHED_OTHER)
+		sched_setscheduler(0, SCHED_BATCH, &param);
 	sigemptyset(&set);
 	sigaddset(&set, kick_signal);
 	pthread_sigmask(SIG_UNBLOCK, &set, NULL);

@@ -59,6 +59,7 @@ struct vd_job {
 void vd_make(struct vd_job *job);
 void vd_bell_ring(struct vd_bell *bell);
 int vd_bell_hand(struct vd_bell *bell, struct vd_job *job);
+int vd_bell_make(struct vd_bell *bell);
 int vd_bell_wait(struct vd_bell *bell, int64_t timeout_ns);
 
 struct vd_sample {

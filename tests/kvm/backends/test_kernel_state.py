@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import gc
+import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvm.backends.interface import PAGE_SIZE, ExitKind, IoctlTrace
+from kvm.backends.kernel import bell as bell_module
 from kvm.backends.kernel.library import lib
 from kvm.backends.kernel.pages import copy_pages
 from kvm.backends.kernel.system import KernelSystem
@@ -118,6 +123,46 @@ def test_one_batch_at_a_time_is_handed_over(guest: Guest) -> None:
     bell.ring()
     assert bell.wait(20)
     assert first.outcome() == second.outcome() == guest.vcpu.get(rows)
+
+
+def test_a_batch_is_kept_from_before_it_is_handed_over(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-c may come as soon as the shim has it, and then nobody else keeps it."""
+    bell = guest.vcpu.bell()
+    batch = guest.vcpu.getting([guest.table.by_name["regs"]])
+    kept = weakref.ref(batch)
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def vd_bell_hand(self, *arguments: Any) -> int:
+            assert lib.vd_bell_hand(*arguments)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bell_module, "lib", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        batch.hand(bell)
+    del batch
+    gc.collect()
+    handed = kept()
+    assert handed is not None
+    bell.catch_up()
+    assert handed.began_ns
+
+
+def test_a_vcpu_thread_is_a_batch_thread_unless_it_was_given_another_policy(guest: Guest) -> None:
+    policies = []
+
+    def bind(before: int) -> None:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+        guest.vcpu.bind()
+        policies.append(os.sched_getscheduler(0))
+
+    for policy in (os.SCHED_OTHER, os.SCHED_IDLE):
+        thread = threading.Thread(target=bind, args=(policy,))
+        thread.start()
+        thread.join(20)
+    assert policies == [os.SCHED_BATCH, os.SCHED_IDLE]
 
 
 def test_a_batch_writes_each_row_its_own_bytes(guest: Guest) -> None:
