@@ -164,11 +164,12 @@ class Vcpu:
             reply.deliver(outcome)
 
         self._mailbox.put(job)
-        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. Or that it is
-        # to, and it still waits.
-        self._bell.ring()
+        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. One that is to
+        # run and still waits has been rung, and looks here first; a ring too many would cost it a turn of the GIL.
         if self.running:
             self.fd.kick()
+        else:
+            self._bell.ring()
         return reply
 
     def make(self, batch: Batch[T]) -> Reply[T]:
