@@ -70,7 +70,7 @@ def parse(text: str, *, physical: bool = False) -> Place:
             raise ConfigError(f"There is no + or - before {cut(word, LONGEST)!r}.")
         if not word:
             raise ConfigError(
-                f"A number or a register is missing behind {cut(rest[: found.end()].strip(), LONGEST)!r}."
+                f"Behind {cut(rest[: found.end()].strip(), LONGEST)!r} a number or a register is missing."
             )
         terms.append((-1 if sign == "-" else 1, _term(word)))
         at = found.end()

@@ -85,8 +85,8 @@ class CodeLook:
         rip = decode.linear_rip(eyes.sregs, eyes.regs.rip, eyes.regs.rflags)
         mode, bits = eyes.mode.value, eyes.mode.bits
         name = mode if str(bits) in mode else f"{mode}, {bits} bits"
-        following = (f"follows {self.follows.text}",) if self.follows else ()
-        return CodeFrame(f"VCPU {eyes.vcpu} {name}", following, eyes.note, tuple(listing), rip, self.cursor, digits)
+        following = f"{'follows' if self.follows else 'home follows'} {self._followed.text}"
+        return CodeFrame(f"VCPU {eyes.vcpu} {name}", (following,), eyes.note, tuple(listing), rip, self.cursor, digits)
 
     def _addresses(self, eyes: Eyes) -> list[int]:
         return [line.address for line in self._list(eyes, self._top, self._height)]

@@ -13,6 +13,8 @@ from widgets.memory_pane import Heading, HexRow, MemoryFrame, row_bytes
 
 START = "rsp"
 """What is looked at first."""
+LEAD = 2
+"""Rows above an address that the cursor went to."""
 _SHORT = 1 << 32
 """Addresses below have eight digits."""
 
@@ -131,8 +133,8 @@ class MemoryLook:
         drawn = self._from(self._top, height, last)
         below = row - drawn[-1][0]
         if row < self._top or (below > 0 and self._afar) or below > height * self._row:
-            self._top = row
-            drawn = self._from(row, height, last)
+            self._top = max(row - min(LEAD, height // 4) * self._row, 0)
+            drawn = self._from(self._top, height, last)
         while drawn[-1][0] < row:
             self._top += self._row
             drawn = self._from(self._top, height, last)
@@ -152,10 +154,10 @@ class MemoryLook:
         return drawn
 
     def _facts(self, space: Space, digits: int) -> tuple[str, ...]:
-        following = (f"follows {self.follows.text}",) if self.follows else ()
+        following = f"{'follows' if self.follows else 'home follows'} {self._followed.text}"
         value = space.read(self.cursor, 8)
         number = f"  u64 {int.from_bytes(value, 'little'):016x}" if len(value) == 8 else ""
-        return (f"{self.cursor:0{digits}x}{number}", *following)
+        return (f"{self.cursor:0{digits}x}{number}", following)
 
 
 def _heading(page: Page, digits: int) -> Heading:

@@ -216,7 +216,9 @@ class MemoryScreen(PromptedScreen):
         else:
             pages = [f"{piece.physical:x}" for piece in self._machine.write_linear(vcpu, at, data)]
             where += f" (physical {', '.join(pages)})" if pages != [f"{at:x}"] else ""
-        self._station.tell(f"{len(data)} written at {where}; was {typed_bytes.spelled(old)}")
+        self._station.tell(
+            f"{len(data)} byte{'s' if len(data) > 1 else ''} written at {where}; was {typed_bytes.spelled(old)}"
+        )
 
     def _help_writing(self, at: int, physical: bool, text: str) -> str:
         if not text.strip():

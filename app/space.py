@@ -13,7 +13,7 @@ PAGE = paging.PAGE
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page at ``address``. ``physical``: None where it isn't mapped. ``data``: none if it can't be read, ``why``."""
+    """The page at ``address``. ``physical``: None where it isn't mapped. ``data``: empty where unreadable, ``why``."""
 
     address: int
     physical: int | None
