@@ -48,7 +48,7 @@ class Place:
             return decode.linear_rip(sregs, regs.rip, regs.rflags)
         value = registers.value(term, regs, sregs)
         if not self.physical and term in ("rsp", "rbp") and decode.mode(sregs, regs.rflags) is not decode.Mode.LONG:
-            return sregs.ss.base + (value & (0xFFFFFFFF if sregs.ss.db else 0xFFFF))
+            return sregs.ss.base + (value & (0xFFFFFFFF if sregs.ss.db else 0xFFFF)) & 0xFFFFFFFF
         return value
 
 

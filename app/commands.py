@@ -104,7 +104,9 @@ MEMORY_COMMANDS = (
     Command("memory.write", "e", "screen.write", "Write", "Bytes at the cursor; pauses the guest"),
     Command("memory.find", "slash", "screen.find", "Find", "Bytes or text in physical memory, from the cursor on"),
     Command("memory.again", "n", "screen.find_again", "Find again", "The same, further on", footer=False),
-    Command("memory.follow", "home", "screen.follow", "Follow", "Back to the register that was followed last", footer=False),
+    Command(
+        "memory.follow", "home", "screen.follow", "Follow", "Back to the register that was followed last", footer=False
+    ),
     Command("memory.other", "tab,shift+tab", "screen.other", "Other pane", "Code or memory", footer=False),
     Command("memory.leave", "escape,q,m", "screen.leave", "Close", "Back; a search is called off first"),
 )  # fmt: skip

@@ -133,7 +133,8 @@ class MemoryLook:
         drawn = self._from(self._top, height, last)
         below = row - drawn[-1][0]
         if row < self._top or (below > 0 and self._afar) or below > height * self._row:
-            self._top = max(row - min(LEAD, height // 4) * self._row, 0)
+            lead = min(LEAD, height // 4) if self._afar else 0
+            self._top = max(row - lead * self._row, 0)
             drawn = self._from(self._top, height, last)
         while drawn[-1][0] < row:
             self._top += self._row

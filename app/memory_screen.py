@@ -26,7 +26,7 @@ from kvm.machine import Machine
 from widgets.address_pane import AddressPane
 from widgets.code_pane import CodeFrame, CodePane
 from widgets.memory_pane import MemoryFrame, MemoryPane
-from widgets.prompt import Prompt, Question
+from widgets.prompt import Prompt, PromptInput, Question
 from widgets.status import StatusLine
 
 if TYPE_CHECKING:
@@ -283,6 +283,8 @@ class MemoryScreen(PromptedScreen):
             return str(error)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if isinstance(self.focused, PromptInput):
+            return False  # its keys are letters of the answer
         if action == "find_again":
             return bool(self._looks.sought) or None
         return hasattr(self, f"action_{action}")

@@ -14,6 +14,7 @@ SHOWN = 16
 """Of the bytes, so many are spelled out."""
 _PART = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^\s"]+))')
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", '"': '"', "\\": "\\"}
+_KNOWN = r'\n \r \t \0 \xNN \" and \\'
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 
 
@@ -48,7 +49,7 @@ def _text(quoted: str) -> bytes:
             return bytes.fromhex(found[1].decode())
         letter = found[2].decode("utf-8", "replace")
         if letter not in _ESCAPES:
-            raise ConfigError(f'\\{letter} means nothing: there are \\n \\r \\t \\0 \\xNN \\" and \\\\.')
+            raise ConfigError(f"A backslash before {letter!r} means nothing: there are {_KNOWN}.")
         return _ESCAPES[letter].encode()
 
     return _ESCAPE.sub(escaped, quoted.encode("utf-8", "surrogatepass"))
