@@ -14,6 +14,8 @@ START = "rip"
 """What is looked at first."""
 BACK = 64
 """Bytes from which the instruction before an address is guessed."""
+REMEMBERED = 1 << 16
+"""Instructions whose beginnings are."""
 LEAD = 2
 """Instructions that stay above RIP when the listing moves on."""
 
@@ -28,6 +30,8 @@ class CodeLook:
         self.cursor = 0
         self._top = 0
         self._height = 1
+        self._begins: dict[int, int] = {}
+        """Where an instruction ended, to where it began: what was listed from above needs no guess on the way back."""
 
     def go(self, place: Place, eyes: Eyes) -> None:
         """List what is there, and follow it if the place moves. Raises ConfigError for a physical address."""
@@ -68,7 +72,11 @@ class CodeLook:
         if lines > 0:
             self._top = self._list(eyes, self._top, lines + 1)[-1].address
         for _ in range(-lines):
-            self._top = _before(Space(eyes.machine, eyes.sregs), self._top, eyes.mode.bits)
+            space = Space(eyes.machine, eyes.sregs)
+            known = self._begins.get(self._top, self._top)
+            insn = disassemble(space.read(known, MAX_INSTRUCTION), known, eyes.mode.bits)
+            still_so = insn and len(insn[0].raw) == self._top - known
+            self._top = known if still_so else _before(space, self._top, eyes.mode.bits)
 
     def look(self, eyes: Eyes, width: int, height: int) -> CodeFrame:
         """What there is to draw in ``height`` rows of ``width`` cells."""
@@ -106,7 +114,10 @@ class CodeLook:
             for insn in disassemble(code, at - base & mask, eyes.mode.bits, count - len(lines)):
                 segmented = f"{eyes.sregs.cs.selector:04x}:{insn.address:04x}" if base else ""
                 lines.append(CodeLine(at, insn.raw, insn.text, segmented))
+                self._begins[at + len(insn.raw)] = at
                 at += len(insn.raw)
+        if len(self._begins) > REMEMBERED:
+            self._begins.clear()
         return lines
 
 
