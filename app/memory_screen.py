@@ -92,7 +92,8 @@ class MemoryScreen(PromptedScreen):
 
     def draw(self) -> None:
         """Read what is in view and draw it, if anybody can see it."""
-        if not self.is_current or not self.is_mounted:
+        top = self.app.screen
+        if not self.is_running or (top is not self and top.styles.background.a == 1):
             return
         self.query_one(StatusLine).show(self._station.desk.status_values(in_view=False))
         code, memory = self.query_one(CodePane), self.query_one(MemoryPane)

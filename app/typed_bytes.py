@@ -14,7 +14,7 @@ SHOWN = 16
 """Of the bytes, so many are spelled out."""
 _PART = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|([^\s"]+))')
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "0": "\0", '"': '"', "\\": "\\"}
-_KNOWN = r'\n \r \t \0 \xNN \" and \\'
+_KNOWN = r"\n \r \t \0 \xNN \" and \\"
 _ESCAPE = re.compile(rb"\\(?:x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 
 

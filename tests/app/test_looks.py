@@ -242,7 +242,7 @@ def test_through_other_page_tables_other_bytes_are_changes(tmp_path: Path) -> No
         look.look(eyes(machine), 80, 8)
         put(machine, TABLES + 0x3000, 0x30_1003)
         frame = look.look(eyes(machine), 80, 8)
-        assert [row.changed for row in frame.rows if isinstance(row, HexRow)][0] == {0}
+        assert next(row.changed for row in frame.rows if isinstance(row, HexRow)) == {0}
         assert isinstance(frame.rows[0], Heading)
         assert frame.rows[0].text.endswith("physical 301000")
 
