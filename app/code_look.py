@@ -47,6 +47,11 @@ class CodeLook:
         """Back to the register that was followed last."""
         self.go(self._followed, eyes)
 
+    def catch_up(self, eyes: Eyes) -> None:
+        """Put the cursor where what it follows is now."""
+        if self.follows is not None:
+            self.cursor = self.follows.address(eyes.regs, eyes.sregs)
+
     def point(self, address: int) -> None:
         """Choose an instruction that is in view."""
         self.cursor, self.follows = address, None
@@ -82,8 +87,8 @@ class CodeLook:
         """What there is to draw in ``height`` rows of ``width`` cells."""
         self._height = height
         listing = self._list(eyes, self._top, height)
+        self.catch_up(eyes)
         if self.follows is not None:
-            self.cursor = self.follows.address(eyes.regs, eyes.sregs)
             addresses = [line.address for line in listing]
             at = addresses.index(self.cursor) if self.cursor in addresses else -1
             if not 0 <= at <= height * 3 // 4:

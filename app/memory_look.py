@@ -51,6 +51,11 @@ class MemoryLook:
         """Back to the register that was followed last."""
         self.go(self._followed, eyes)
 
+    def catch_up(self, eyes: Eyes) -> None:
+        """Put the cursor where what it follows is now."""
+        if self.follows is not None:
+            self.cursor, self._afar = self.follows.address(eyes.regs, eyes.sregs), True
+
     def point(self, address: int) -> None:
         """The cursor to an address that is in view."""
         self.cursor, self.follows = address, None
@@ -93,8 +98,7 @@ class MemoryLook:
     def look(self, eyes: Eyes, width: int, height: int) -> MemoryFrame:
         """What there is to draw in ``height`` rows of ``width`` cells."""
         space = self._space(eyes)
-        if self.follows is not None:
-            self.cursor, self._afar = self.follows.address(eyes.regs, eyes.sregs), True
+        self.catch_up(eyes)
         self.cursor = min(max(self.cursor, 0), (1 << space.bits) - 1)
         digits = 8 if self.cursor + height * 16 < _SHORT else 16
         self._row = row_bytes(width, digits)

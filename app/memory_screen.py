@@ -61,6 +61,9 @@ class MemoryScreen(PromptedScreen):
         self._machine: Machine = station.machine
         self._looks = looks
         self._keyboard = "memory"
+        if eyes := self._eyes:  # keys may come before the first frame
+            looks.code.catch_up(eyes)
+            looks.memory.catch_up(eyes)
 
     def compose(self) -> ComposeResult:
         yield StatusLine(id="memory-status")

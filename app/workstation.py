@@ -328,12 +328,13 @@ class Workstation(App[int]):
     # What is typed
 
     def ask_for(self, question: Question, answered: Callable[[str], None], help: Callable[[str], str]) -> None:
-        """Ask a person in the prompt of the screen. ``answered`` raises VmdeckError for an answer that won't do.
+        """Ask a person in the prompt that is on top. ``answered`` raises VmdeckError for an answer that won't do.
 
         ``help``: the prompt's second line while this text is typed.
         """
         self._asked, self._help = answered, help
-        self._prompt = self.screen.query_one(Prompt)
+        top = next(screen for screen in reversed(self.screen_stack) if isinstance(screen, PromptedScreen))
+        self._prompt = top.query_one(Prompt)
         self._prompt.ask(question)
         self._prompt.help(help(question.text))
 
@@ -355,7 +356,8 @@ class Workstation(App[int]):
             await self.on_event(event)
 
     def on_prompt_changed(self, message: Prompt.Changed) -> None:
-        self._prompt.help(self._help(message.text))
+        if self._prompt.is_attached:  # not gone with its screen
+            self._prompt.help(self._help(message.text))
 
     def action_edit(self) -> None:
         index = self.desk.selected
@@ -418,6 +420,8 @@ class Workstation(App[int]):
         await asyncio.sleep(0)  # a flood of keys must not keep signals and frames from their turn
         if self._exit:
             return  # those typed ahead don't hold up the end
+        if self._held is not None and not self._prompt.is_attached:
+            await self._release_keys()  # it went with its screen, and couldn't say that it left
         if self._held is not None:
             self._held.append(event)
             return
@@ -454,11 +458,11 @@ class Workstation(App[int]):
 
         return Looks()
 
-    def action_memory(self) -> None:
+    async def action_memory(self) -> None:
         from app.memory_screen import MemoryScreen  # not needed for the first frame
 
         if not any(isinstance(screen, MemoryScreen) for screen in self.screen_stack):
-            self.push_screen(MemoryScreen(self, self._looks))
+            await self.push_screen(MemoryScreen(self, self._looks))  # the next key finds its prompt there
 
     def action_leave(self) -> None:
         """Quit; a file that is being written is written first, or called off the second time."""

@@ -327,8 +327,8 @@ async def test_where_a_person_looked_is_there_again(desk) -> None:  # type: igno
 @pytest.mark.parametrize("keys", ["grsp\rs", "e90\rs", "/66\rs"])
 async def test_keys_that_come_at_once_go_where_they_belong(desk, keys) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT) as at:
-        memory = await opened(at)
-        for character in keys:
+        memory = Memory(at)
+        for character in f"m{keys}":
             at.app.post_message(events.Key({"\r": "enter", "/": "slash"}.get(character, character), character))
         await at.until(lambda: at.rip() == (0x7C01 if keys[0] == "e" else 0x7C02))
         await at.idle()
