@@ -58,6 +58,10 @@ PICTURES = (
     Picture("crash", (100, 30), 2, ("output=round 3", "c", "f2", "text=crash triple", "enter", "stopped", "f2")),
     Picture("help", (100, 48), 4, ("question_mark",)),
     Picture("contract", (170, 30), 4, ("output=round 4", "c", "space", "e", "type=r9=0xbeef", "enter", "t")),
+    Picture(
+        "memory", (120, 40), 4,
+        ("output=round 4", "m", "g", "type=gs.base", "enter", "output=round 6", "e", 'type=0xdead "beef" 00'),
+    ),
     Picture("diff", (120, 40), 4, ("output=round 4", "space", "c", "s", "s", "S", "s", "f4", "d")),
 )  # fmt: skip
 

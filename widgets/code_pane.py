@@ -12,8 +12,8 @@ from widgets.line_pane import Line, Span, bar, cut, width_of
 
 HERE = "▶"
 """Stands before the instruction at RIP."""
-ALL_BYTES = 110
-"""Cells from which the longest instruction's bytes are all shown."""
+_BYTES = ((110, 33), (0, 24))
+"""From how many cells on the bytes have how many: those of nearly every instruction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,11 @@ class CodePane(AddressPane):
         ]
         if row.segmented:
             spans.append((f"{row.segmented} ", "label"))
-        room = 45 if width >= ALL_BYTES else 24
+        room = next(cells for least, cells in _BYTES if width >= least)
         if row.raw:
-            spans.append((f" {cut(row.raw.hex(' '), room - 1):<{room}}", "dim"))
+            fit = len(row.raw) <= room // 3
+            shown = row.raw.hex(" ") if fit else row.raw[: room // 3 - 1].hex(" ") + " …"
+            spans.append((f" {shown:<{room}}", "dim"))
         text = cut(row.text, width - width_of(spans))
         spans.append((text, "strong" if here else "text" if row.raw else "warn"))
         if row.address != self.frame.cursor:

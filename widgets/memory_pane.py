@@ -87,10 +87,11 @@ class MemoryPane(AddressPane):
         if not row.data:
             here = 0 <= spot < row_bytes(width, self.frame.digits)
             return (address, (" ", ""), (row.why, "dim spot" if here else "dim"))
-        styles = [
-            f"{'changed' if at in row.changed else 'text' if byte else 'dim'}{' spot' if at == spot else ''}"
-            for at, byte in enumerate(row.data)
-        ]
+        styles = ["text" if byte else "dim" for byte in row.data]
+        for at in row.changed:
+            styles[at] = "changed"
+        if 0 <= spot < len(styles):
+            styles[spot] = f"{'changed' if spot in row.changed else 'text'} spot"
         hexadecimal = _hexadecimal(row, styles)
         text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row.data)
         return (address, *hexadecimal, ("  ", ""), *_joined(zip(text, styles, strict=True)))
