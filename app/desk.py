@@ -300,7 +300,8 @@ class Desk(PromptedScreen):
                 button = self.query_one(f"#button-{command.name}", Button)
                 button.display = usable[command.name] is not False
                 button.disabled = usable[command.name] is not True
-        self.refresh_bindings()
+        for screen in self.app.screen_stack:  # one over this may have a footer, too
+            screen.refresh_bindings()
 
     # The keyboard
 

@@ -62,6 +62,7 @@ class HelpScreen(ModalScreen[None]):
             "", "In the snapshots: ⏎ goes back, d shows what differs from now, or from the one that m has marked;"
         )
         table.add_row("", "n names, N notes, x deletes (a file only from the list). ctrl+p is the palette.")
+        table.add_row("", "Code and memory are read while the guest runs: one look may be of several moments.")
         table.add_row("", "While you type at the guest only F1 to F9, ctrl+], ctrl+p and ctrl+q are vmdeck's.")
         return table
 

@@ -16,6 +16,7 @@ from app import address, typed_bytes
 from app.address import Place
 from app.code_look import CodeLook
 from app.commands import MEMORY_BINDINGS
+from app.edit import SHOWN_NAMES
 from app.eyes import Eyes, eyes_of
 from app.memory_look import MemoryLook
 from app.operations import Job
@@ -182,7 +183,8 @@ class MemoryScreen(PromptedScreen):
         try:
             place = address.parse(text, physical=physical)
         except ConfigError as error:
-            return str(error)
+            names = address.words(text)
+            return "  ".join(names[:SHOWN_NAMES]) + " …" * (len(names) > SHOWN_NAMES) or str(error)
         at = place.address(eyes.regs, eyes.sregs)
         page = Space(self._machine, None if place.physical else eyes.sregs).page(at)
         where = "" if page.physical is None or place.physical else f", physical {page.physical + at % 4096:x}"

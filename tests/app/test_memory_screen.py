@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from textual import events
+from textual.widgets._footer import FooterKey
 
 from app.memory_screen import MemoryScreen
 from app.palette import Palette
@@ -44,6 +45,10 @@ class Memory:
 
     def status(self) -> str:
         return self._text(StatusLine)
+
+    def offered(self) -> set[str]:
+        """The footer."""
+        return {key.description for key in self.screen.query(FooterKey)}
 
     def said(self) -> str:
         return str(self.screen.query_one("#prompt-help").content)  # type: ignore[attr-defined]
@@ -97,9 +102,11 @@ async def test_it_is_live_while_the_guest_runs_and_stands_still_with_it(desk) ->
         await memory.go("2000")
         row = f"00002000 {MARK}"
         assert row not in memory.memory()
+        assert {"Run", "Go to", "Write", "Close"} <= memory.offered()
         await at.press("space")
         await at.until(lambda: row in memory.memory())
         assert at.phase is Phase.RUNNING
+        await at.until(lambda: "Pause" in memory.offered() and "Run" not in memory.offered())
         before = memory.memory()
         await at.until(lambda: memory.memory() != before)
         await at.press("space")
@@ -149,6 +156,9 @@ async def test_going_to_addresses(desk) -> None:  # type: ignore[no-untyped-def]
         memory = await opened(at)
         await at.press("g")
         assert "numbers are hexadecimal" in memory.said()
+        await memory.type("8+cs.")
+        await at.until(lambda: memory.said() == "8+cs.base  8+cs.limit  8+cs.selector")
+        await at.press("ctrl+u")
         await memory.type("cs.base+esp")
         await at.press("enter")
         assert "'esp' is neither a number nor a register. There is rsp" in memory.said()
