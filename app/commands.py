@@ -61,7 +61,7 @@ COMMANDS = (
     Command(
         "machine.load", "l", "app.load", "Load", "Become the machine in a snapshot file", footer=False, button=True
     ),
-    Command("machine.call_off", "escape", "app.call_off", "Call off", "End a save, load, diff or search early", footer=False),
+    Command("machine.call_off", "escape", "app.call_off", "Call off", "End what takes long early", footer=False),
     Command(
         "vcpu.next", "j,down,right_square_bracket", "screen.select(1)", "Next VCPU", "Select the next VCPU",
         footer=False,

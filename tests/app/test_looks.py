@@ -116,10 +116,14 @@ def test_code_that_cannot_be_read_is_said_to_be_so_and_gone_past(tmp_path: Path)
             (0x1FFD, "nop"), (0x1FFE, "(bad)"), (0x1FFF, "(bad)"), (0x2000, "not mapped"), (0x3000, "no memory")
         ]  # fmt: skip
         assert lines[5].address == 0x4000
-        look.go(parse("4000"), eyes(machine))
-        look.move("row", -1, eyes(machine))
-        look.move("row", -1, eyes(machine))
-        assert look.cursor == 0x2000, "a page that can't be read is one line upwards, too"
+        machine.write_memory(0x30_1000, b"\x90" * 8)
+        look = CodeLook()
+        look.go(parse("4002"), eyes(machine))
+        seen = []
+        for _ in range(4):
+            look.move("row", -1, eyes(machine))
+            seen.append(look.cursor)
+        assert seen == [0x4001, 0x4000, 0x3000, 0x2000], "a page that can't be read is one line upwards, too"
         look.go(parse("800000000000"), eyes(machine))
         assert look.look(eyes(machine), 80, 2).rows[0].text == "not canonical"
         with pytest.raises(ConfigError, match="Tab goes to memory"):
