@@ -291,7 +291,7 @@ async def test_a_long_search_says_how_far_it_is_and_esc_calls_it_off(desk, monke
         """As in memory that takes an hour."""
         progress(43, 100)
         begun.set()
-        cancel.wait()
+        assert cancel.wait(5)
         raise CalledOff("The search was called off.")
 
     monkeypatch.setattr(Machine, "find_memory", slow)
@@ -345,6 +345,13 @@ async def test_keys_that_come_at_once_go_where_they_belong(desk, keys) -> None: 
         assert [record.caller for record in at.machine.ledger.records].count("reset") == 0
         assert not memory.screen.query_one(Prompt).display
         assert (at.machine.read_memory(0x7C00, 1) == b"\x90") == (keys[0] == "e")
+
+
+async def test_its_prompt_is_there_as_soon_as_the_screen_is(desk) -> None:  # type: ignore[no-untyped-def]
+    async with desk(COUNT) as at:
+        await at.app.run_action("app.memory")
+        await at.app.run_action("screen.find")
+        assert Memory(at).screen.query_one(Prompt).input.has_focus
 
 
 async def test_all_of_it_is_in_the_palette_here_and_nothing_that_only_the_desk_can(desk) -> None:  # type: ignore[no-untyped-def]
