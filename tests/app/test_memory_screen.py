@@ -351,6 +351,7 @@ async def test_its_prompt_is_there_as_soon_as_the_screen_is(desk) -> None:  # ty
     async with desk(COUNT) as at:
         await at.app.run_action("app.memory")
         await at.app.run_action("screen.find")
+        await at.idle()
         assert Memory(at).screen.query_one(Prompt).input.has_focus
 
 
