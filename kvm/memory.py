@@ -20,8 +20,8 @@ from kvm.host_memory import anonymous
 from kvm.x86 import layout
 
 Pages = NDArray[np.int64]
-SEARCHED = 1 << 20
-"""Bytes that are searched at a time: a fraction of a millisecond, in which no other thread of ours runs."""
+SEARCHED = 256 << 10
+"""Bytes that are searched at a time: less than a millisecond, in which no other thread of ours runs."""
 
 
 def union(some: Pages, others: Pages) -> Pages:

@@ -150,7 +150,6 @@ def _frame() -> object:
     return MemoryFrame()
 
 
-@BOTH
 async def test_going_to_addresses(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT, size=(80, 24)) as at:
         memory = await opened(at)
@@ -257,7 +256,6 @@ async def test_a_linear_write_says_where_it_went_and_what_is_in_the_way(desk) ->
         await at.until(lambda: "Can't write at linear 0xffff900000000000" in memory.screen._station.desk.error)
 
 
-@BOTH
 async def test_bytes_and_text_are_found(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(COUNT, size=(80, 24)) as at:
         for address in (0x3000, 0x20_0123):
@@ -401,12 +399,11 @@ async def test_a_terminal_that_gets_too_small_shows_nothing_else(desk) -> None: 
         assert at.app.screen is at.app.desk
 
 
-@BOTH
-async def test_the_demo_s_guard_pages_and_user_code_can_be_looked_at(desk) -> None:  # type: ignore[no-untyped-def]
+async def test_after_a_triple_fault_there_is_memory_to_look_at(desk) -> None:  # type: ignore[no-untyped-def]
     async with desk(guests.TRIPLE_FAULT_64, format="flat64", vcpus=1) as at:
         await at.press("space")
         await at.until(lambda: at.phase is Phase.STOPPED)
         memory = await opened(at)
-        assert "triple fault" in memory.status() or "shut" in memory.status()
+        assert "shutdown" in memory.status(), "no banner says it here"
         await memory.go("idt.base")
         assert "follows idt.base" in memory.memory()

@@ -100,13 +100,15 @@ def test_a_search_goes_through_ram_on_both_sides_of_the_hole_and_rom() -> None:
 def test_a_search_says_how_far_it_is_and_can_be_called_off(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT) as machine:
         told: list[tuple[int, int]] = []
-        assert machine.find_memory(b"nowhere", 1 << 20, lambda done, total: told.append((done, total))) is None
-        assert told == [(0, 3 << 20), (1 << 20, 3 << 20), (2 << 20, 3 << 20)]
+        rest = 3 * SEARCHED
+        start = (4 << 20) - rest
+        assert machine.find_memory(b"nowhere", start, lambda done, total: told.append((done, total))) is None
+        assert told == [(0, rest), (SEARCHED, rest), (2 * SEARCHED, rest)]
         cancel = threading.Event()
 
         def progress(done: int, total: int) -> None:
             if done:
                 cancel.set()
 
-        with pytest.raises(CalledOff, match="at guest-physical 0x100000"):
+        with pytest.raises(CalledOff, match=f"at guest-physical {SEARCHED:#x}"):
             machine.find_memory(b"nowhere", 0, progress, cancel)
