@@ -8,6 +8,7 @@ from app.space import PAGE, Space
 from kvm.errors import ConfigError
 from kvm.x86 import decode
 from kvm.x86.disasm import MAX_INSTRUCTION, disassemble
+from kvm.x86.paging import linear_bits
 from widgets.code_pane import CodeFrame, CodeLine
 
 START = "rip"
@@ -108,10 +109,10 @@ class CodeLook:
         """``count`` lines from ``top`` on, fewer at the end of the address space; a page that can't be read is one."""
         space = Space(eyes.machine, eyes.sregs)
         base = 0 if eyes.mode is decode.Mode.LONG else eyes.sregs.cs.base
-        mask = (1 << space.bits) - 1
+        mask = (1 << linear_bits(eyes.sregs)) - 1
         lines: list[CodeLine] = []
         at = top
-        while len(lines) < count and at <= mask:
+        while len(lines) < count and not at >> space.bits:
             code = space.read(at, (count - len(lines)) * MAX_INSTRUCTION)
             if not code:
                 lines.append(CodeLine(at, b"", space.page(at).why))

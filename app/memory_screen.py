@@ -21,7 +21,7 @@ from app.eyes import Eyes, eyes_of
 from app.memory_look import MemoryLook
 from app.operations import Job
 from app.prompted import PromptedScreen
-from app.space import Space
+from app.space import PAGE, Space
 from kvm.errors import ConfigError, MachineError
 from kvm.machine import Machine
 from widgets.address_pane import AddressPane
@@ -187,7 +187,7 @@ class MemoryScreen(PromptedScreen):
             return "  ".join(names[:SHOWN_NAMES]) + " …" * (len(names) > SHOWN_NAMES) or str(error)
         at = place.address(eyes.regs, eyes.sregs)
         page = Space(self._machine, None if place.physical else eyes.sregs).page(at)
-        where = "" if page.physical is None or place.physical else f", physical {page.physical + at % 4096:x}"
+        where = "" if page.physical is None or place.physical else f", physical {page.physical + at % PAGE:x}"
         return f"{_name(place.physical)} {at:x}{where}{f': {page.why}' if page.why else ''}"
 
     def action_leave(self) -> None:

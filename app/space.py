@@ -30,8 +30,8 @@ class Space:
 
     @property
     def bits(self) -> int:
-        """How many bits its addresses have."""
-        return paging.PHYSICAL_BITS if self.sregs is None else paging.linear_bits(self.sregs)
+        """How many bits its addresses have; those that the VCPU's mode doesn't know can be looked at, and are none."""
+        return paging.PHYSICAL_BITS if self.sregs is None else 64
 
     def physical(self, address: int) -> int | None:
         """Where an address is in physical memory; None if it isn't mapped."""
@@ -42,10 +42,15 @@ class Space:
         start = address - address % PAGE
         physical = self.physical(start)
         if physical is None:
-            canonical = self.sregs is None or paging.is_linear(self.sregs, start)
-            return Page(start, None, b"", "not mapped" if canonical else "not canonical")
+            return Page(start, None, b"", self._why_not(start))
         data = self.machine.memory.peek(physical, PAGE)
         return Page(start, physical, data, "" if data else "no memory")
+
+    def _why_not(self, address: int) -> str:
+        if self.sregs is None or paging.is_linear(self.sregs, address):
+            return "not mapped"
+        bits = paging.linear_bits(self.sregs)
+        return "not canonical" if bits == 64 else f"not an address: VCPU in a {bits}-bit mode"
 
     def read(self, address: int, size: int) -> bytes:
         """Up to ``size`` bytes: as far as they are mapped and there is memory."""

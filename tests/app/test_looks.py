@@ -83,14 +83,35 @@ def test_a_listing_is_scrolled_by_instructions_also_upwards(tmp_path: Path) -> N
 
 
 def test_a_listing_ends_with_the_address_space_and_begins_with_it(tmp_path: Path) -> None:
-    with build(SoftwareSystem(), tmp_path, NOPS) as machine:
+    with build(SoftwareSystem(), tmp_path, NOPS, format="flat64") as machine:
         look = CodeLook()
         look.go(parse("1"), eyes(machine))
         look.move("row", -5, eyes(machine))
         assert listing(look, machine)[0] == look.cursor == 0
         look.go(parse("-1"), eyes(machine))
         look.move("page", 1, eyes(machine))
-        assert listing(look, machine) == [0xFFFF_FFFF]
+        look.move("row", 3, eyes(machine))
+        assert listing(look, machine) == [look.cursor] == [2**64 - 1]
+
+
+@pytest.mark.parametrize("moves", [["row"], ["page"], ["page", "row", "byte"]])
+def test_an_address_that_a_vcpu_s_mode_does_not_have_is_said_to_be_none_and_kept(
+    tmp_path: Path, moves: list[str]
+) -> None:
+    with build(SoftwareSystem(), tmp_path, NOPS, vcpus=2, format="flat64") as machine:
+        code, memory = CodeLook(), MemoryLook()
+        real = eyes_of(machine, 1)
+        assert real is not None
+        for look in (code, memory):
+            look.go(parse("ffff800000000000"), eyes(machine))
+        for by in (1, -1):
+            for unit in moves:
+                code.move(unit, by, real)
+                memory.move(unit, by)
+            assert code.look(real, 80, 8).rows[0].text == "not an address: VCPU in a 32-bit mode"
+            assert "not an address" in memory.look(real, 80, 8).rows[0].text  # type: ignore[union-attr]
+        assert memory.cursor >> 40
+        assert listing(code, machine)[0] >> 40
 
 
 def test_in_a_segment_targets_are_offsets_and_lines_say_both(tmp_path: Path) -> None:
