@@ -110,9 +110,10 @@ class CodeLook:
         space = Space(eyes.machine, eyes.sregs)
         base = 0 if eyes.mode is decode.Mode.LONG else eyes.sregs.cs.base
         mask = (1 << linear_bits(eyes.sregs)) - 1
+        end = mask if top <= mask else (1 << space.bits) - 1
         lines: list[CodeLine] = []
         at = top
-        while len(lines) < count and not at >> space.bits:
+        while len(lines) < count and at <= end:
             code = space.read(at, (count - len(lines)) * MAX_INSTRUCTION)
             if not code:
                 lines.append(CodeLine(at, b"", space.page(at).why))

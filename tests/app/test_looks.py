@@ -92,6 +92,9 @@ def test_a_listing_ends_with_the_address_space_and_begins_with_it(tmp_path: Path
         look.move("page", 1, eyes(machine))
         look.move("row", 3, eyes(machine))
         assert listing(look, machine) == [look.cursor] == [2**64 - 1]
+    with build(SoftwareSystem(), tmp_path, NOPS) as machine:
+        look.go(parse("-1"), eyes(machine))
+        assert listing(look, machine) == [2**32 - 1]
 
 
 @pytest.mark.parametrize("moves", [["row"], ["page"], ["page", "row", "byte"]])
