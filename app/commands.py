@@ -81,7 +81,9 @@ COMMANDS = (
         "show.contract", "t", "app.contract", "Contract", "The table of substates: what moves, when and why",
         footer=False,
     ),
-    Command("show.memory", "m", "app.memory", "Memory", "Code and memory as the selected VCPU sees them"),
+    Command(
+        "show.memory", "m", "app.memory", "Memory", "Code and memory as the selected VCPU sees them", footer=False
+    ),
     Command("show.ledger", "f3", "screen.focus_pane('ledger')", "Ledger", "What the hooks moved", footer=False),
     Command(
         "show.snapshots", "f4", "screen.focus_pane('snapshots')", "Snapshots",
