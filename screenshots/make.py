@@ -56,7 +56,7 @@ PICTURES = (
     ),
     Picture("sixteen", (80, 24), 16, ("output=round 3", "j", "j", "j", "j", "j", "output=round 5")),
     Picture("crash", (100, 30), 2, ("output=round 3", "c", "f2", "text=crash triple", "enter", "stopped", "f2")),
-    Picture("help", (100, 72), 4, ("question_mark",)),
+    Picture("help", (100, 76), 4, ("question_mark",)),
     Picture("contract", (170, 30), 4, ("output=round 4", "c", "space", "e", "type=r9=0xbeef", "enter", "t")),
     Picture(
         "memory", (120, 40), 4,
