@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from kvm.errors import MemoryAccessError
+from app.space import Space
 from kvm.machine import Machine
-from kvm.x86 import decode, paging
+from kvm.x86 import decode
 from kvm.x86.disasm import MAX_INSTRUCTION, Instruction, disassemble
 from kvm.x86.structs import Regs, Sregs
-
-_PAGE = 4096
 
 
 def read_code(machine: Machine, regs: Regs, sregs: Sregs, size: int = MAX_INSTRUCTION) -> bytes:
     """Up to ``size`` bytes from RIP on: as far as they are mapped and backed by memory."""
-
-    def read(address: int, count: int) -> bytes:
-        try:
-            return machine.read_memory(address, count)
-        except MemoryAccessError:
-            return b""
-
-    code = b""
-    linear = decode.linear_rip(sregs, regs.rip, regs.rflags)
-    while len(code) < size:
-        physical = paging.translate(sregs, linear + len(code), read)
-        if physical is None:
-            break
-        piece = read(physical, min(size - len(code), _PAGE - physical % _PAGE))
-        if not piece:
-            break
-        code += piece
-    return code
+    return Space(machine, sregs).read(decode.linear_rip(sregs, regs.rip, regs.rflags), size)
 
 
 def instruction_at(machine: Machine, raw_regs: bytes, raw_sregs: bytes) -> Instruction | None:

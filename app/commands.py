@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from textual.binding import Binding
@@ -60,7 +61,7 @@ COMMANDS = (
     Command(
         "machine.load", "l", "app.load", "Load", "Become the machine in a snapshot file", footer=False, button=True
     ),
-    Command("machine.call_off", "escape", "app.call_off", "Call off", "End a save, load or diff early", footer=False),
+    Command("machine.call_off", "escape", "app.call_off", "Call off", "End what takes long early", footer=False),
     Command(
         "vcpu.next", "j,down,right_square_bracket", "screen.select(1)", "Next VCPU", "Select the next VCPU",
         footer=False,
@@ -80,6 +81,9 @@ COMMANDS = (
         "show.contract", "t", "app.contract", "Contract", "The table of substates: what moves, when and why",
         footer=False,
     ),
+    Command(
+        "show.memory", "m", "app.memory", "Memory", "Code and memory as the selected VCPU sees them", footer=False
+    ),
     Command("show.ledger", "f3", "screen.focus_pane('ledger')", "Ledger", "What the hooks moved", footer=False),
     Command(
         "show.snapshots", "f4", "screen.focus_pane('snapshots')", "Snapshots",
@@ -96,7 +100,28 @@ COMMANDS = (
     Command("app.leave", "q,ctrl+c", "app.leave", "Quit", "End the guest and leave", button=True),
 )  # fmt: skip
 
-BINDINGS = [
-    Binding(command.keys, command.action, command.label, show=command.footer, id=command.id, tooltip=command.help)
-    for command in COMMANDS
-]
+MEMORY_COMMANDS = (
+    Command("memory.goto", "g", "screen.goto", "Go to", "An address or a register that it follows, in hexadecimal"),
+    Command("memory.turn", "p", "screen.turn", "Physical", "Linear addresses or physical ones, at the same byte"),
+    Command("memory.write", "e", "screen.write", "Write", "Bytes at the cursor; pauses the guest"),
+    Command("memory.find", "slash", "screen.find", "Find", "Bytes or text in physical memory, from the cursor on"),
+    Command("memory.again", "n", "screen.find_again", "Find again", "The same, further on", footer=False),
+    Command(
+        "memory.follow", "home", "screen.follow", "Follow", "Back to the register that was followed last", footer=False
+    ),
+    Command("memory.other", "tab,shift+tab", "screen.other", "Other pane", "Code or memory", footer=False),
+    Command("memory.leave", "escape,q,m", "screen.leave", "Close", "Back; a search is called off first"),
+)  # fmt: skip
+"""What can be done where code and memory are shown, besides all that is the app's."""
+
+
+def bindings(commands: Iterable[Command]) -> list[Binding]:
+    """The keys of these commands."""
+    return [
+        Binding(command.keys, command.action, command.label, show=command.footer, id=command.id, tooltip=command.help)
+        for command in commands
+    ]
+
+
+BINDINGS = bindings(COMMANDS)
+MEMORY_BINDINGS = bindings(MEMORY_COMMANDS)

@@ -9,7 +9,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical
 from textual.geometry import Size
-from textual.screen import Screen
 from textual.widgets import Button, Footer
 
 from app import plan, stopped
@@ -17,6 +16,7 @@ from app.commands import COMMANDS
 from app.frames import make_frame
 from app.ledger_rows import ledger_rows
 from app.operations import Operations
+from app.prompted import PromptedScreen
 from app.shelf import Shelf
 from app.tree import checkpoint_entries, file_entries, origin
 from kvm.machine import Machine, Phase, Status
@@ -39,8 +39,6 @@ OUTPUT = 6 << 10
 BACKLOG = 256 << 10
 """Of output that lies further behind, the older part is left out, and the console says so."""
 SHOWN_ROWS = 200
-FOCUSED = ("vcpus", "console", "ledger", "snapshots")
-"""The panes that can have the keyboard."""
 PANES = ("vcpus", "ledger", "snapshots")
 """What Tab goes through: the console takes every key, so it's entered on purpose only."""
 BELOW = 6
@@ -49,10 +47,11 @@ WIDE = 140
 """Columns from which the buttons stand beside the status."""
 
 
-class Desk(Screen[None]):
+class Desk(PromptedScreen):
     """Draws the machine 30 times a second, and never waits for it."""
 
     AUTO_FOCUS = "#vcpus"
+    FOCUSED = ("vcpus", "console", "ledger", "snapshots")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "cycle(1)", "Next pane", show=False, id="show.next_pane"),
         Binding("shift+tab", "cycle(-1)", "Previous pane", show=False, id="show.previous_pane"),
@@ -238,36 +237,38 @@ class Desk(Screen[None]):
     def draw_status(self) -> None:
         """What the machine and the operations on it are doing."""
         status = self.machine.status
-        machine = self.machine
-        count = len(machine.vcpus)
         if status is not self._last_status:
             self._last_status = status
             self._draw_banner(status)
             self.query_one(ConsolePane).listen(status.phase is Phase.RUNNING)
-        self.query_one(StatusLine).show(
-            StatusValues(
-                phase=status.phase.value,
-                reason="" if self.query_one(Banner).content else status.reason,
-                facts=(
-                    self.image,
-                    " ignores ".join((machine.system.name, *(quirk.what for quirk in self.ignored[:1]))),
-                    f"{count} VCPU{'s' if count > 1 else ''}",
-                    f"{machine.config.memory >> 20} MiB",
-                ),
-                busy=self._busy(),
-                error=self.error,
-                news=self.news,
-            )
+        self.query_one(StatusLine).show(self.status_values())
+
+    def status_values(self, *, in_view: bool = True) -> StatusValues:
+        """What a status line says; ``in_view``: this screen's, under which a banner may say why the machine stopped."""
+        status, machine = self.machine.status, self.machine
+        count = len(machine.vcpus)
+        return StatusValues(
+            phase=status.phase.value,
+            reason="" if in_view and self.query_one(Banner).content else status.reason,
+            facts=(
+                self.image,
+                " ignores ".join((machine.system.name, *(quirk.what for quirk in self.ignored[:1]))),
+                f"{count} VCPU{'s' if count > 1 else ''}",
+                f"{machine.config.memory >> 20} MiB",
+            ),
+            busy=self._busy(escapes=not in_view or self.keyboard == "vcpus"),
+            error=self.error,
+            news=self.news,
         )
 
-    def _busy(self) -> str:
-        """The operation under way; how far it is, once a person may wonder."""
+    def _busy(self, *, escapes: bool) -> str:
+        """The operation under way; how far it is, once a person may wonder. ``escapes``: Esc calls it off."""
         job = self._operations.shown
         if job is None:
             return ""
         if job.percent is None:
             return f"{job.name} …"
-        return f"{job.name} {job.percent} %{'  esc calls it off' if self.keyboard == 'vcpus' else ''}"
+        return f"{job.name} {job.percent} %{'  esc calls it off' if escapes else ''}"
 
     def _draw_banner(self, status: Status) -> None:
         if status.vcpu is not None and status.phase is Phase.STOPPED:
@@ -299,7 +300,8 @@ class Desk(Screen[None]):
                 button = self.query_one(f"#button-{command.name}", Button)
                 button.display = usable[command.name] is not False
                 button.disabled = usable[command.name] is not True
-        self.refresh_bindings()
+        for screen in self.app.screen_stack:  # one over this may have a footer, too
+            screen.refresh_bindings()
 
     # The keyboard
 
@@ -336,7 +338,7 @@ class Desk(Screen[None]):
             self.call_after_refresh(self.draw)
 
     def on_descendant_focus(self, event: events.DescendantFocus) -> None:
-        if event.widget.id in FOCUSED:
+        if event.widget.id in self.FOCUSED:
             self._take_keyboard(event.widget.id)
 
     def action_cycle(self, by: int) -> None:

@@ -77,10 +77,8 @@ def _unknown(name: str) -> str:
 def _held(name: str, regs: bytes, sregs: bytes) -> str:
     if not regs or not sregs:
         return "not known"
-    first, _, field = name.partition(".")
-    source = Regs.from_buffer_copy(regs) if hasattr(Regs, first) else Sregs.from_buffer_copy(sregs)
-    value = getattr(source, first)
-    return _digits(name, getattr(value, field) if field else value)
+    value = registers.value(name, Regs.from_buffer_copy(regs), Sregs.from_buffer_copy(sregs))
+    return _digits(name, value)
 
 
 def _digits(name: str, value: int) -> str:

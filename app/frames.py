@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from app.code import instruction_at
-from kvm.machine import Activity, Machine, Phase
+from kvm.machine import Activity, Machine, Phase, VcpuView
 from widgets.frame import Changes, VcpuFrame
 
 STALE_NS = 1_000_000_000
@@ -16,10 +16,7 @@ def make_frame(machine: Machine, index: int, changes: Changes, *, detailed: bool
     """The newest of this VCPU. ``detailed``: with the instruction, which is read from the guest's memory."""
     view = machine.view(index)
     running = machine.status.phase is Phase.RUNNING
-    now = time.monotonic_ns()
-    changed = changes.observe(view.regs, view.sregs, running=running, now_ns=now)
-    ages = running and view.activity is not Activity.STOPPED and view.regs and not view.from_copy
-    age = now - view.time_ns if ages else 0
+    changed = changes.observe(view.regs, view.sregs, running=running, now_ns=time.monotonic_ns())
     return VcpuFrame(
         index=index,
         activity=view.activity.value,
@@ -30,5 +27,12 @@ def make_frame(machine: Machine, index: int, changes: Changes, *, detailed: bool
         sregs=view.sregs,
         insn=instruction_at(machine, view.regs, view.sregs) if detailed and view.regs and view.sregs else None,
         changed=changed,
-        age=age // 1_000_000_000 if age > STALE_NS else 0,
+        age=age_of(view, running=running),
     )
+
+
+def age_of(view: VcpuView, *, running: bool) -> int:
+    """Whole seconds since a running VCPU's registers were sampled; 0 while they're fresh, or exact."""
+    ages = running and view.activity is not Activity.STOPPED and view.regs and not view.from_copy
+    age = time.monotonic_ns() - view.time_ns if ages else 0
+    return age // 1_000_000_000 if age > STALE_NS else 0

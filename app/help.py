@@ -12,11 +12,15 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from app.commands import COMMANDS
+from app.commands import COMMANDS, MEMORY_COMMANDS
 
-_GROUPS = (("machine", "The machine"), ("vcpu", "VCPUs"), ("show", "Panes"), ("app", "vmdeck"))
+_GROUPS = (
+    ("machine", "The machine"), ("vcpu", "VCPUs"), ("show", "Panes"),
+    ("memory", "Code and memory, once m shows them"), ("app", "vmdeck"),
+)  # fmt: skip
 _LEGEND = (
     ("•", "this register changed: a moment ago while the guest runs, since it last stood while it stands"),
+    ("•90", "in memory: this byte changed, in the same way; ▶ in code: the next instruction"),
     ("▶ ◌ ■", "running, halted or waiting for a SIPI, stopped"),
     ("kernel owns", "the registers live in KVM (or the software backend's model of it); what is drawn is a sample"),
     ("user copy owns", "they live in vmdeck's copy and go back to KVM before the VCPU runs again"),
@@ -44,7 +48,7 @@ class HelpScreen(ModalScreen[None]):
         table.add_column()
         for prefix, title in _GROUPS:
             table.add_row("", Text(title, style="bold"))
-            for command in COMMANDS:
+            for command in (*COMMANDS, *MEMORY_COMMANDS):
                 if command.id.startswith(prefix + "."):
                     keys = "  ".join(self.app.get_key_display(key) for key in _bindings(command.keys, command.action))
                     table.add_row(Text(keys, style="bold"), f"{command.label}. {command.help}.")
@@ -58,6 +62,7 @@ class HelpScreen(ModalScreen[None]):
             "", "In the snapshots: ⏎ goes back, d shows what differs from now, or from the one that m has marked;"
         )
         table.add_row("", "n names, N notes, x deletes (a file only from the list). ctrl+p is the palette.")
+        table.add_row("", "Code and memory are read while the guest runs: one look may be of several moments.")
         table.add_row("", "While you type at the guest only F1 to F9, ctrl+], ctrl+p and ctrl+q are vmdeck's.")
         return table
 

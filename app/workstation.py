@@ -5,33 +5,38 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import events
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.screen import Screen
+from textual.signal import Signal
 
 from app import edit, shelf
-from app.commands import BINDINGS, COMMANDS
+from app.commands import BINDINGS, COMMANDS, MEMORY_COMMANDS
 from app.compare import compare
-from app.desk import FOCUSED, Desk
+from app.desk import Desk
 from app.lines_screen import LinesScreen
 from app.operations import Job, Operations, Stage
+from app.prompted import PromptedScreen
 from app.stopped import exit_code
 from app.theme import VMDECK
 from app.tree import find, origin
 from kvm.backends.interface import ExitKind
-from kvm.errors import SnapshotCancelled, SnapshotMismatch, VmdeckError
+from kvm.errors import CalledOff, SnapshotMismatch, VmdeckError
 from kvm.machine import Checkpoint, Machine, Phase, Status
 from kvm.quirks import ignored
 from kvm.snapshot import chain
 from widgets.line_pane import Line
 from widgets.prompt import Prompt, PromptInput, Question
 from widgets.snapshots import Key, SnapshotsPane, amount
+
+if TYPE_CHECKING:
+    from app.memory_screen import Looks
 
 
 class Workstation(App[int]):
@@ -69,6 +74,8 @@ class Workstation(App[int]):
         self.title = title or Path(machine.image.path).name
         self.operations = Operations(self._start)
         self.desk = Desk(machine, self.title, self.operations)
+        self.begins: Signal[None] = Signal(self, "an operation begins")
+        self.moved: Signal[None] = Signal(self, "an operation has changed what is to be seen")
         self._run_it = run
         self._promised: list[Path] = []
         """Files that will be written."""
@@ -76,10 +83,10 @@ class Workstation(App[int]):
         self._leaving = False
         self._held: list[events.Key] | None = None
         """Keys that came behind the one that ends the prompt, until it's gone; None while there is nothing to hold."""
-        self._asked: Callable[[str], None] = lambda text: None
-        """What the prompt's answer is for. It raises VmdeckError for one that won't do."""
-        self._help: Callable[[str], str] = lambda text: ""
-        """The prompt's second line while this text is typed."""
+        self._prompt: Prompt
+        """The one that asks, or asked last."""
+        self._asked: Callable[[str], None]
+        self._help: Callable[[str], str]
 
     def get_default_screen(self) -> Desk:
         return self.desk
@@ -102,7 +109,7 @@ class Workstation(App[int]):
         def find_out(job: Job) -> None:
             job.aside()
             found = ignored(self.machine.system)
-            self.post_message(self.Found(partial(setattr, self.desk, "ignored", found)))
+            self.show(partial(setattr, self.desk, "ignored", found))
 
         self.ask("look at the kernel", find_out)
 
@@ -116,20 +123,29 @@ class Workstation(App[int]):
         """The same for what takes long: the job tells how far it is, and may be called off. False if it's dropped."""
         return self.operations.ask(Job(name, work, self._job_moved))
 
+    def show(self, act: Callable[[], object]) -> None:
+        """From a worker's thread: do this on the UI's, soon."""
+        self.post_message(self.Found(act))
+
+    def tell(self, news: str) -> None:
+        """From a worker's thread: what an operation was good for, for the status line."""
+        self.show(partial(setattr, self.desk, "news", news))
+
     def _job_moved(self, job: Job) -> None:
         self.post_message(self.JobMoved(job, job.stage))
 
     def _start(self, job: Job) -> None:
         self.desk.settle()
+        self.begins.publish(None)
         self.run_worker(job.run, thread=True, group="machine", exit_on_error=False)
 
     def on_workstation_job_moved(self, message: JobMoved) -> None:
         job = message.job
         self.operations.next()
         if message.stage is Stage.ENDED:
-            failure = "" if isinstance(job.error, SnapshotCancelled) else job.failure
+            failure = "" if isinstance(job.error, CalledOff) else job.failure
             self.desk.error = failure.splitlines()[0] if failure else ""
-            if isinstance(job.error, SnapshotCancelled):
+            if isinstance(job.error, CalledOff):
                 self.notify(str(job.error), markup=False)
             elif failure:
                 self.log.error(f"{job.name}: {job.error!r}")
@@ -147,6 +163,7 @@ class Workstation(App[int]):
 
     def _draw(self) -> None:
         self.desk.draw()
+        self.moved.publish(None)
         self._draw_keys()
 
     def _draw_keys(self) -> None:
@@ -241,7 +258,7 @@ class Workstation(App[int]):
 
     def _shelve(self, path: Path) -> None:
         """On a worker's thread: show this file among the snapshots."""
-        self.post_message(self.Found(partial(self.desk.shelf.put, shelf.look(path))))
+        self.show(partial(self.desk.shelf.put, shelf.look(path)))
 
     def action_save(self) -> None:
         self._ask_save("Save to", incremental=False)
@@ -266,16 +283,16 @@ class Workstation(App[int]):
                 self._promised.remove(path)
             self._shelve(path)
             news = f"{amount(written.stored).strip()}B written to {path.name}"
-            self.post_message(self.Found(partial(setattr, self.desk, "news", news)))
+            self.tell(news)
 
-        self._ask(
+        self.ask_for(
             Question("save", title, shelf.suggestion(self.title, self._promised), shelf.words),
             save,
             lambda text: shelf.help_saving(text, running=self.machine.status.phase is Phase.RUNNING),
         )
 
     def action_load(self) -> None:
-        self._ask(
+        self.ask_for(
             Question("load", "Load", words=shelf.words), lambda text: self.load(shelf.source(text)), shelf.help_loading
         )
 
@@ -286,7 +303,7 @@ class Workstation(App[int]):
             try:
                 self.machine.load_file(path, drop=drop, progress=job.progress, cancel=job.cancel)
             except SnapshotMismatch as mismatch:
-                self.post_message(self.Found(partial(self._ask_drop, path, mismatch.losses)))
+                self.show(partial(self._ask_drop, path, mismatch.losses))
                 return
             self.machine.checkpoint(path.name)
             self._shelve(path)
@@ -304,27 +321,31 @@ class Workstation(App[int]):
     def _compare(self, a: Key, b: Key | None) -> None:
         def work(job: Job) -> None:
             title, lines = compare(self.machine, a, b, job)
-            self.post_message(self.Found(lambda: self.push_screen(LinesScreen(title, lines))))
+            self.show(lambda: self.push_screen(LinesScreen(title, lines)))
 
         self.ask("compare", work)
 
     # What is typed
 
-    def _ask(self, question: Question, answered: Callable[[str], None], help: Callable[[str], str]) -> None:
+    def ask_for(self, question: Question, answered: Callable[[str], None], help: Callable[[str], str]) -> None:
+        """Ask a person in the prompt that is on top. ``answered`` raises VmdeckError for an answer that won't do.
+
+        ``help``: the prompt's second line while this text is typed.
+        """
         self._asked, self._help = answered, help
-        prompt = self.desk.query_one(Prompt)
-        prompt.ask(question)
-        prompt.help(help(question.text))
+        top = next(screen for screen in reversed(self.screen_stack) if isinstance(screen, PromptedScreen))
+        self._prompt = top.query_one(Prompt)
+        self._prompt.ask(question)
+        self._prompt.help(help(question.text))
 
     async def on_prompt_answered(self, message: Prompt.Answered) -> None:
-        prompt = self.desk.query_one(Prompt)
         try:
             self._asked(message.text)
         except VmdeckError as error:
-            prompt.refuse(str(error))
+            self._prompt.refuse(str(error))
             await self._release_keys()
         else:
-            prompt.close()
+            self._prompt.close()
 
     async def on_prompt_left(self) -> None:
         await self._release_keys()
@@ -335,7 +356,8 @@ class Workstation(App[int]):
             await self.on_event(event)
 
     def on_prompt_changed(self, message: Prompt.Changed) -> None:
-        self.desk.query_one(Prompt).help(self._help(message.text))
+        if self._prompt.is_attached:  # not gone with its screen
+            self._prompt.help(self._help(message.text))
 
     def action_edit(self) -> None:
         index = self.desk.selected
@@ -349,16 +371,16 @@ class Workstation(App[int]):
             running = self.machine.status.phase is Phase.RUNNING
             return edit.help_line(text, view.regs, view.sregs, running=running)
 
-        self._ask(Question("edit", f"VCPU {index} register", words=edit.words), set_register, help)
+        self.ask_for(Question("edit", f"VCPU {index} register", words=edit.words), set_register, help)
 
     def action_checkpoint_as(self) -> None:
-        self._ask(
+        self.ask_for(
             Question("name", "Checkpoint name"), self.take_checkpoint, lambda text: "Enter takes it now, Esc doesn't."
         )
 
     def _ask_label(self, what: str, whose: str, text: str, keep: Callable[[str, str], None]) -> None:
         """A snapshot's ``name`` or its ``note``."""
-        self._ask(
+        self.ask_for(
             Question(what, f"{what.title()} of {whose}", text),
             partial(keep, what),
             lambda text: "Enter keeps it, Esc leaves it as it was.",
@@ -367,7 +389,7 @@ class Workstation(App[int]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         status = self.machine.status
         dead = status.phase is Phase.STOPPED and status.exit is not None and status.exit.kind is ExitKind.SHUTDOWN
-        if action in ("help", "command_palette", "contract") and self.desk.too_small:
+        if action in ("help", "command_palette", "contract", "memory") and self.desk.too_small:
             return None
         if action == "pause":
             return status.phase is Phase.RUNNING
@@ -398,14 +420,17 @@ class Workstation(App[int]):
         await asyncio.sleep(0)  # a flood of keys must not keep signals and frames from their turn
         if self._exit:
             return  # those typed ahead don't hold up the end
+        if self._held is not None and not self._prompt.is_attached:
+            await self._release_keys()  # it went with its screen, and couldn't say that it left
         if self._held is not None:
             self._held.append(event)
             return
-        if self.screen is self.desk:
+        if isinstance(self.screen, PromptedScreen):
             pane = self.focused
             if isinstance(pane, PromptInput) and event.key in PromptInput.ENDS:
                 self._held = []
-            ours = pane is None or (pane.id in FOCUSED and not pane.check_consume_key(event.key, event.character))
+            theirs = pane is not None and pane.check_consume_key(event.key, event.character)
+            ours = pane is None or (pane.id in self.screen.FOCUSED and not theirs)
             # Priority bindings come first here as in Textual.
             if ours and (await self._check_bindings(event.key, True) or await self._check_bindings(event.key)):
                 return
@@ -426,6 +451,18 @@ class Workstation(App[int]):
         from app.contract import ContractScreen  # not needed for the first frame
 
         self.push_screen(ContractScreen(self.machine, self.desk.selected, self.desk.ignored))
+
+    @cached_property
+    def _looks(self) -> Looks:
+        from app.memory_screen import Looks
+
+        return Looks()
+
+    async def action_memory(self) -> None:
+        from app.memory_screen import MemoryScreen  # not needed for the first frame
+
+        if not any(isinstance(screen, MemoryScreen) for screen in self.screen_stack):
+            await self.push_screen(MemoryScreen(self, self._looks))  # the next key finds its prompt there
 
     def action_leave(self) -> None:
         """Quit; a file that is being written is written first, or called off the second time."""
@@ -450,7 +487,8 @@ class Workstation(App[int]):
         self.action_leave()
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        for command in COMMANDS:
-            if self.check_action(command.name, ()):
+        for command in (*COMMANDS, *MEMORY_COMMANDS):
+            there = command.action.startswith("app.") or hasattr(screen, f"action_{command.name}")
+            if there and self.check_action(command.name, ()):
                 yield SystemCommand(command.label, command.help, partial(self.run_action, command.action))
         yield SystemCommand("Theme", "Other colours", self.action_change_theme)

@@ -32,6 +32,10 @@ class MemoryAccessError(VmdeckError):
     """A guest-physical address that has no memory behind it."""
 
 
+class CalledOff(VmdeckError):
+    """Whoever asked for it has called it off."""
+
+
 class KvmError(VmdeckError):
     """An ioctl failed.
 
@@ -89,8 +93,8 @@ class SnapshotError(VmdeckError):
     """A snapshot file can't be written, read or taken; what it was to replace is as it was."""
 
 
-class SnapshotCancelled(SnapshotError):
-    """Whoever asked for it has called it off."""
+class SnapshotCancelled(SnapshotError, CalledOff):
+    """A save, a load or what goes through a snapshot was called off."""
 
 
 class SnapshotMismatch(SnapshotError):

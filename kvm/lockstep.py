@@ -20,7 +20,6 @@ import numpy as np
 
 from kvm.backends.interface import PAGE_SIZE, Exit, ExitKind, System
 from kvm.boot.image import BootImage
-from kvm.errors import MemoryAccessError
 from kvm.machine import Machine, MachineConfig
 from kvm.snapshot.state import Checkpoint, MachineState
 from kvm.x86 import compare, decode, gates, layout, paging
@@ -175,7 +174,7 @@ class Lockstep:
 
     def __init__(self, reference: Machine, other: Machine) -> None:
         self._machines = reference, other
-        self._memory = _reader(reference), _reader(other)
+        self._memory = reference.memory.peek, other.memory.peek
         self._outcome = Outcome()
         self._last = -1
         """The VCPU that took the last step."""
@@ -528,18 +527,6 @@ class _Code:
         """The mnemonic, without its prefixes."""
         words = self.text.split()
         return words[1] if len(words) > 1 and (self.repeated or words[0] == "lock") else words[0]
-
-
-def _reader(machine: Machine) -> paging.Read:
-    """Its physical memory, as far as it is there."""
-
-    def read(address: int, size: int) -> bytes:
-        try:
-            return machine.read_memory(address, size)
-        except MemoryAccessError:
-            return b""
-
-    return read
 
 
 def _differences(mine: _Registers, theirs: _Registers) -> Values:

@@ -19,7 +19,7 @@ from kvm.boot.image import BootImage
 from kvm.chips import Chips
 from kvm.config import MachineConfig
 from kvm.devices.board import Board
-from kvm.errors import KvmError, MachineError, VmdeckError
+from kvm.errors import KvmError, MachineError, MemoryAccessError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.memory import Memory
 from kvm.snapshot.chain import Chain, open_chain
@@ -34,6 +34,7 @@ from kvm.status import Phase, Status
 from kvm.supervisor import Act, Supervisor
 from kvm.vcpu import WAIT_LIMIT, Activity, Reply, Vcpu, VcpuView, step_control
 from kvm.x86 import cpuid, dump, registers, reset
+from kvm.x86.paging import Piece, linear_bits, pieces
 from kvm.x86.structs import Regs, Sregs, Sregs2
 from kvm.x86.substates import vcpu_table
 
@@ -439,6 +440,40 @@ class Machine:
         with self._operation("write memory"):
             self._pause_for("write memory")
             self.memory.write(address, data)
+
+    def write_linear(self, vcpu: int, address: int, data: bytes) -> tuple[Piece, ...]:
+        """Write at a linear address of a VCPU, through its page tables whatever they allow; pauses the machine.
+
+        Where it went, page by page. Raises MemoryAccessError, nothing written, where one isn't mapped or isn't memory.
+        """
+        with self._operation("write memory"):
+            self._pause_for("write memory")
+            sregs = Sregs.from_buffer_copy(self.view(vcpu).sregs)  # exact: it stands
+            went = tuple(pieces(sregs, address, len(data), self.memory.peek))
+            for piece in went:
+                if piece.physical is None or not self.memory.peek(piece.physical, piece.size):
+                    why = f"VCPU {vcpu} has no page mapped there"
+                    if piece.physical is not None:
+                        why = f"it is mapped to guest-physical {piece.physical:#x}, where there is no memory"
+                    raise MemoryAccessError(f"Can't write at linear {piece.linear:#x}: {why}. Nothing is written.")
+            for piece in went:
+                assert piece.physical is not None
+                offset = piece.linear - address & (1 << linear_bits(sregs)) - 1
+                self.memory.write(piece.physical, data[offset : offset + piece.size])
+            return went
+
+    def find_memory(
+        self,
+        data: bytes,
+        start: int = 0,
+        progress: Progress = lambda done, total: None,
+        cancel: threading.Event | None = None,
+    ) -> int | None:
+        """The guest-physical address where ``data`` next lies, from ``start`` on, in RAM or ROM; None if it doesn't.
+
+        The guest runs on and may change what is searched. Raises CalledOff once ``cancel`` is set.
+        """
+        return self.memory.find(data, start, progress, cancel)
 
     def close(self) -> None:
         """End the threads and free everything. Can be called again."""

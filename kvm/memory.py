@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvm.backends.interface import PAGE_SIZE, Vm
-from kvm.errors import ConfigError, KvmError, MemoryAccessError
+from kvm.errors import CalledOff, ConfigError, KvmError, MemoryAccessError
 from kvm.host_memory import anonymous
 from kvm.x86 import layout
 
 Pages = NDArray[np.int64]
+SEARCHED = 256 << 10
+"""Bytes that are searched at a time: less than a millisecond, in which no other thread of ours runs."""
 
 
 def union(some: Pages, others: Pages) -> Pages:
@@ -113,6 +115,39 @@ class Memory:
     def read(self, address: int, size: int) -> bytes:
         """``size`` bytes at a guest-physical address. Raises MemoryAccessError where there is no memory."""
         return _joined(self._spans(self.regions, address, size, "read"))
+
+    def peek(self, address: int, size: int) -> bytes:
+        """As ``read``, but empty where there is no memory for all of them. Fit for ``kvm.x86.paging``."""
+        try:
+            return self.read(address, size)
+        except MemoryAccessError:
+            return b""
+
+    def find(
+        self,
+        data: bytes,
+        start: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        cancel: threading.Event | None = None,
+    ) -> int | None:
+        """The guest-physical address where ``data`` next lies in RAM or ROM, from ``start`` on; None if it doesn't.
+
+        ``progress``: bytes searched, bytes to search. Raises CalledOff once ``cancel`` is set.
+        """
+        regions = sorted((r for r in self.regions if r.address + r.size > start), key=lambda r: r.address)
+        spans = [(region, max(start - region.address, 0)) for region in regions]
+        total = sum(region.size - at for region, at in spans)
+        done = 0
+        for region, first in spans:
+            for at in range(first, region.size, SEARCHED):
+                progress(done, total)
+                if cancel is not None and cancel.is_set():
+                    raise CalledOff(f"The search was called off at guest-physical {region.address + at:#x}.")
+                found = bytes(memoryview(region.memory)[at : at + SEARCHED + len(data) - 1]).find(data)
+                if found >= 0:
+                    return region.address + at + found
+                done += min(SEARCHED, region.size - at)
+        return None
 
     def write(self, address: int, data: bytes) -> None:
         """Write into guest memory, ROM too. Raises MemoryAccessError, having written nothing, where there is none."""

@@ -61,8 +61,12 @@ PICTURES = (
     ),
     Picture("sixteen", (80, 24), 16, ("output=round 3", "j", "j", "j", "j", "j", "output=round 5")),
     Picture("crash", (100, 30), 2, ("output=round 3", "c", "f2", "text=crash triple", "enter", "stopped", "f2")),
-    Picture("help", (100, 48), 4, ("question_mark",)),
+    Picture("help", (100, 76), 4, ("question_mark",)),
     Picture("contract", (170, 30), 4, ("output=round 4", "c", "space", "e", "type=r9=0xbeef", "enter", "t")),
+    Picture(
+        "memory", (120, 40), 4,
+        ("output=round 4", "m", "g", "type=gs.base", "enter", "output=round 6", "e", 'type=0xdead "beef" 00'),
+    ),
     Picture("diff", (120, 40), 4, ("output=round 4", "space", "c", "s", "s", "S", "s", "f4", "d")),
     Picture(
         "linux", (140, 48), 2,

@@ -21,7 +21,7 @@ Line = tuple[Span, ...]
 
 STYLES = (
     "text", "label", "dim", "strong", "rip", "mark", "changed", "good", "warn", "bad", "info", "accent",
-    "bar", "selected", "cursor",
+    "bar", "selected", "cursor", "spot",
 )  # fmt: skip
 
 GAP = "  "

@@ -53,7 +53,7 @@ class StatusLine(LinePane):
         elif values.busy:
             left.append((f" {values.busy}", "accent"))
         elif values.news:
-            left.append((f" {cut(values.news, max(width // 2, 20))}", "good"))
+            left.append((f" {cut(values.news, max(width * 2 // 3, 20))}", "good"))
         elif values.reason and values.reason != values.phase:
             left.append((f" {cut(values.reason, max(width // 2, 20))}", style))
         return [bar(left, [[(fact, "label")] for fact in values.facts], width)]

@@ -6,6 +6,7 @@ Only for looking: neither permissions nor accessed and dirty bits matter here, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from kvm.x86.decode import CR0_PE, EFER_LMA
 from kvm.x86.structs import Sregs, Sregs2
@@ -13,6 +14,10 @@ from kvm.x86.structs import Sregs, Sregs2
 CR0_PG = 1 << 31
 CR4_PSE, CR4_PAE, CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
 PRESENT, LARGE = 1 << 0, 1 << 7
+PAGE = 4096
+"""Bytes of the smallest page: what lies in one of them lies together in physical memory."""
+PHYSICAL_BITS = 52
+"""The most that a physical address can have."""
 FRAME = 0x000F_FFFF_FFFF_F000
 """The bits of a 64-bit entry that hold an address."""
 
@@ -21,7 +26,9 @@ Read = Callable[[int, int], bytes]
 
 
 def translate(sregs: Sregs | Sregs2, linear: int, read: Read) -> int | None:
-    """The guest-physical address of ``linear``, None if it isn't mapped."""
+    """The guest-physical address of ``linear``, None if it isn't mapped or isn't a linear address in this mode."""
+    if not is_linear(sregs, linear):
+        return None
     if not (sregs.cr0 & CR0_PG and sregs.cr0 & CR0_PE):
         return linear
     if sregs.efer & EFER_LMA:
@@ -32,6 +39,37 @@ def translate(sregs: Sregs | Sregs2, linear: int, read: Read) -> int | None:
         entry = _entry((sregs.cr3 & 0xFFFF_FFE0) + (linear >> 30 & 3) * 8, 8, read)
         return _walk64(entry & FRAME, linear, range(21, 11, -9), read) if entry & PRESENT else None
     return _walk32(sregs, linear, read)
+
+
+class Piece(NamedTuple):
+    """A part of a linear range that lies in one page: ``size`` bytes, at ``physical`` unless that isn't mapped."""
+
+    linear: int
+    size: int
+    physical: int | None
+
+
+def pieces(sregs: Sregs | Sregs2, linear: int, size: int, read: Read) -> Iterator[Piece]:
+    """``size`` bytes from ``linear`` on, page by page; behind the last linear address comes the first one."""
+    width = linear_bits(sregs)
+    while size > 0:
+        linear &= (1 << width) - 1
+        count = min(size, PAGE - linear % PAGE)
+        yield Piece(linear, count, translate(sregs, linear, read))
+        linear, size = linear + count, size - count
+
+
+def linear_bits(sregs: Sregs | Sregs2) -> int:
+    """How many bits a linear address is written with: 64 in long mode (compatibility mode, too), else 32."""
+    return 64 if sregs.efer & EFER_LMA else 32
+
+
+def is_linear(sregs: Sregs | Sregs2, address: int) -> bool:
+    """Is it one that the processor would look up: canonical in long mode (SDM vol. 1, 3.3.7.1), else of 32 bits?"""
+    if not sregs.efer & EFER_LMA:
+        return not address >> 32
+    sign = address >> (56 if sregs.cr4 & CR4_LA57 else 47)
+    return sign in (0, (1 << 64) - 1 >> (56 if sregs.cr4 & CR4_LA57 else 47))
 
 
 def tables(sregs: Sregs | Sregs2, read: Read) -> frozenset[int]:

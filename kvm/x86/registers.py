@@ -30,6 +30,13 @@ def check(register: str, value: int) -> None:
         raise ConfigError(f"{value:#x} doesn't fit {register}, which has {bits} bits.")
 
 
+def value(register: str, regs: Regs, sregs: Sregs | Sregs2) -> int:
+    """What a register of ``WIDTHS`` holds."""
+    name, _, field = register.partition(".")
+    held = getattr(regs if name in _IN_REGS else sregs, name)
+    return int(getattr(held, field) if field else held)
+
+
 def write(copy: MutableMapping[str, bytes], register: str, value: int) -> None:
     """Set a register, checked before, in a VCPU's copy of its substates."""
     if register in _IN_REGS:

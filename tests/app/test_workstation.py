@@ -10,7 +10,7 @@ from textual.keys import key_to_character
 from textual.widgets import Button
 from textual.widgets._footer import FooterKey
 
-from app.commands import COMMANDS
+from app.commands import COMMANDS, MEMORY_COMMANDS
 from app.help import HelpScreen
 from kvm.machine import Phase
 from tests.app import guests
@@ -236,6 +236,7 @@ async def test_zoom_gives_the_whole_terminal_to_the_pane_with_the_keyboard(desk,
 
 KEYS = (
     *(key for command in COMMANDS for key in command.keys.split(",") if command.name != "leave"),
+    *(key for command in MEMORY_COMMANDS for key in command.keys.split(",") if key != "q"), "m", "m",
     *"rax=0x10, cs.b nNxX 9", "enter", "enter", "escape", "escape", "tab", "shift+tab", "backspace", "delete", "home",
     "end", "left", "right", "ctrl+u", "ctrl+a", "ctrl+right_square_bracket", "f12", "alt+x", "ctrl+z",
 )  # fmt: skip
@@ -313,7 +314,7 @@ async def test_help_lists_every_key_and_closes(desk) -> None:  # type: ignore[no
                     at.app.screen.query_one("#help-text").size.region
                 ) for segment in strip
             )  # fmt: skip
-            assert not [command.help for command in COMMANDS if command.help[:24] not in drawn]
+            assert not [each.help for each in (*COMMANDS, *MEMORY_COMMANDS) if each.help[:24] not in drawn]
             await at.press("escape")
             assert not isinstance(at.app.screen, HelpScreen)
 

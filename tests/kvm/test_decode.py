@@ -181,3 +181,42 @@ def test_pages_of_page_tables(cr4: int, long: int, entries: dict[int, int], expe
 
 def test_without_paging_there_are_no_tables() -> None:
     assert paging.tables(sregs(), Physical({}).read) == set()
+
+
+@pytest.mark.parametrize(
+    ("cr4", "address", "is_one"),
+    [
+        (PAE, 0x7FFF_FFFF_FFFF, True),
+        (PAE, 0x8000_0000_0000, False),
+        (PAE, 0xFFFF_7FFF_FFFF_FFFF, False),
+        (PAE, 0xFFFF_8000_0000_0000, True),
+        (PAE | LA57, 0x8000_0000_0000, True),
+        (PAE | LA57, 0xFF_FFFF_FFFF_FFFF, True),
+        (PAE | LA57, 1 << 56, False),
+        (PAE | LA57, 0xFF00_0000_0000_0000, True),
+    ],
+)
+def test_an_address_that_is_not_canonical_is_mapped_nowhere(cr4: int, address: int, is_one: bool) -> None:
+    """Its low bits must not be looked up: that would be another address's page."""
+    state = long_mode(cr4)
+    assert paging.is_linear(state, address) == is_one
+    everything = paging.translate(state, address, lambda at, size: (0x1003).to_bytes(size, "little"))
+    assert everything == (0x1000 | address & 0xFFF if is_one else None)
+
+
+def test_outside_long_mode_there_are_32_bits() -> None:
+    pae = sregs(cr0=PE | PG, cr4=PAE, db=1)
+    for state in (sregs(), pae, sregs(cr0=PE | PG, db=1)):
+        assert paging.translate(state, 1 << 32, lambda at, size: (0x1003).to_bytes(size, "little")) is None
+        assert paging.linear_bits(state) == 32
+
+
+def test_a_range_comes_page_by_page_and_wraps_at_the_end() -> None:
+    entries = {0x1000: 0x2003, 0x2000: 0x3003, 0x3000: 0x4003, 0x4008: 0x9003, 0x4010: 0x5003}
+    read = Physical(entries).read
+    assert list(paging.pieces(long_mode(), 0x1FFE, 0x1005, read)) == [
+        (0x1FFE, 2, 0x9FFE), (0x2000, 0x1000, 0x5000), (0x3000, 3, None)
+    ]  # fmt: skip
+    assert list(paging.pieces(sregs(), 0xFFFF_FFFF, 3, read)) == [(0xFFFF_FFFF, 1, 0xFFFF_FFFF), (0, 2, 0)]
+    assert list(paging.pieces(long_mode(), 2**64 - 1, 2, read)) == [(2**64 - 1, 1, None), (0, 1, None)]
+    assert list(paging.pieces(sregs(), 0, 0, read)) == []

@@ -8,6 +8,7 @@ from textual.app import App, ComposeResult
 from textual.widget import Widget
 
 from kvm.x86.structs import Regs, Sregs
+from widgets.address_pane import AddressPane
 from widgets.console import ConsolePane
 from widgets.line_pane import Line
 from widgets.snapshots import SnapshotsPane
@@ -29,6 +30,9 @@ class Host(App[None]):
 
     def on_vcpu_pane_selected(self, message: VcpuPane.Selected) -> None:
         self.heard.append(("selected", message.index))
+
+    def on_address_pane_pointed(self, message: AddressPane.Pointed) -> None:
+        self.heard.append(message.address)
 
     def on_console_pane_typed(self, message: ConsolePane.Typed) -> None:
         self.heard.append(message.data)
