@@ -182,7 +182,8 @@ class Machine:
             epoch = self._supervisor.epoch
             try:
                 replies = [(target, target.step()) for target in targets]
-                outcomes = [self._stepped(target, reply) for target, reply in replies]
+                patience = time.monotonic() + STEP_LIMIT  # all wait at once
+                outcomes = [self._stepped(target, reply, patience) for target, reply in replies]
             except BaseException:  # none may go on stepping, least of all in a HLT
                 for target in targets:
                     target.interrupt_step()
@@ -199,13 +200,15 @@ class Machine:
             return tuple(exits)
 
     @staticmethod
-    def _stepped(vcpu: Vcpu, reply: Reply[Exit]) -> Callable[[], Exit]:
-        """Its step's outcome; one that waits is interrupted. That the host doesn't let it run isn't waiting."""
+    def _stepped(vcpu: Vcpu, reply: Reply[Exit], patience: float) -> Callable[[], Exit]:
+        """Its step's outcome; one that waits when ``patience`` is over (time.monotonic()) is interrupted. That the host
+        doesn't let it run isn't waiting."""
         end = time.monotonic() + WAIT_LIMIT
         while True:
             try:
-                return reply.outcome(STEP_LIMIT)
+                return reply.outcome(max(patience - time.monotonic(), 0))
             except MachineError:
+                patience = time.monotonic() + STEP_LIMIT
                 if vcpu.fd.waiting() is not False or time.monotonic() > end:
                     vcpu.interrupt_step()
                     return reply.outcome()
@@ -565,8 +568,9 @@ class Machine:
         self._ran = True
         self._set_status(Status(Phase.RUNNING))
         with self._orders:
-            for vcpu in self.vcpus:
-                vcpu.resume()
+            replies = [vcpu.resume() for vcpu in self.vcpus]
+        for reply in replies:
+            reply.outcome()
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""

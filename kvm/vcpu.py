@@ -195,14 +195,15 @@ class Vcpu:
             return work()
         return self.post(work).outcome()()
 
-    def resume(self) -> None:
-        """Let the guest run: whoever holds the machine's lock. Doesn't wait until it does: where VCPUs are more than
-        cores, its thread gets its turn behind the guests of others."""
+    def resume(self) -> Reply[None]:
+        """Let the guest run: whoever holds the machine's lock. It counts as running from here on; the answer comes when
+        its thread has done what it was asked for before, and sees that."""
         self.stop_reason = ""
         self._resumed = True
         self._asked = None
         self._runs += 1
         self._bell.ring()
+        return self.post(lambda: None)
 
     def stop(self) -> Reply[int]:
         """Stop the guest, unless it is let run on meanwhile; the answer is when it stood, CLOCK_MONOTONIC ns."""
@@ -264,8 +265,8 @@ class Vcpu:
             )
         if isinstance(ended, Exit) and ended.kind is ExitKind.KICKED:
             return
-        self._stood = self._runs
         self._on_stop(self, ended)
+        self._stood = self._runs  # only now: who waits until it stands has heard of it too
 
     def _step(self) -> Exit:
         before = self.copy["guest_debug"]
