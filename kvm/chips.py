@@ -40,12 +40,7 @@ class Chips:
     def put(self, level: WritebackLevel) -> tuple[Part, SubstateError | None]:
         """Write those of the copy that the level allows."""
         began = time.monotonic_ns()
-        copy = self.copy
-        rows = [
-            (row, row.at(copy[row.name], level) if row.at else copy[row.name])
-            for row in self.rows
-            if row.level <= level
-        ]
+        rows = [(row, row.at(self.copy[row.name], level)) for row in self.rows if row.level <= level]
         names = tuple(row.name for row, _ in rows)
         try:
             self._vm.put(rows)

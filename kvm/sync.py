@@ -71,11 +71,7 @@ def cpu_synchronize_all_states(
     Raises SubstateError.
     """
     began = time.monotonic_ns()
-    machine = chips.get() if chips else None
-    if machine is None:
-        done = _on_all(vcpus, _get)
-    else:
-        done = [machine] if machine[1] else [machine, *_on_all(vcpus, _get)]
+    done = _after(chips.get() if chips else None, lambda: _on_all(vcpus, _get))
     _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
@@ -95,7 +91,7 @@ def cpu_synchronize_all_post_init(
     ledger: Ledger,
     caller: str,
     chips: Chips | None = None,
-    reading: TscReading | None = None,
+    reading: Reading | None = None,
 ) -> None:
     """Give every VCPU's copy, and before them the machine's own, back to the kernel at FULL.
 
@@ -106,7 +102,7 @@ def cpu_synchronize_all_post_init(
 
 def cpu_synchronize_all_pre_loadvm(
     vcpus: Sequence[Vcpu], *, ledger: Ledger, caller: str, skew_us: float = 0.0
-) -> TscReading | None:
+) -> Reading | None:
     """Let every copy own its VCPU's state without reading it.
 
     All of it is about to be loaded: a read later on, by a device that loads, would clobber what was loaded before
@@ -138,17 +134,17 @@ def _give_back(
     ledger: Ledger,
     caller: str,
     chips: Chips | None,
-    reading: TscReading | None = None,
+    reading: Reading | None = None,
 ) -> None:
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
     if reading is None and vcpus[0].dirty:
         reading = _read_tsc(vcpus)
-    machine = chips.put(level) if chips else None
-    if machine is None or machine[1] is None:
-        done = [*([machine] if machine else []), *_put_all(vcpus, level, reading)]
-    else:  # the VCPUs aren't touched; what was asked of one of them was
-        done = [machine, *([reading.done(vcpus[0])] if reading else [])]
+    done = _after(
+        chips.put(level) if chips else None,
+        lambda: _put_all(vcpus, level, reading),
+        lambda: [reading.done()] if reading else [],
+    )
     _record(ledger, hook, level, caller, done, began)
 
 
@@ -168,6 +164,18 @@ def _record(
             raise error
 
 
+def _after(
+    machine: _Done | None, vcpus: Callable[[], list[_Done]], instead: Callable[[], list[_Done]] = list
+) -> list[_Done]:
+    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed.
+
+    ``instead``: what was asked of one of them already.
+    """
+    if machine is None:
+        return vcpus()
+    return [machine, *(instead() if machine[1] else vcpus())]
+
+
 def _on_all(vcpus: Sequence[Vcpu], start: Callable[[Vcpu], _Finish]) -> list[_Done]:
     """Each VCPU's thread makes its part, all at once; every part is waited for before an error is raised."""
     return [finish() for finish in [start(vcpu) for vcpu in vcpus]]
@@ -178,23 +186,39 @@ def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
     assert not running, f"VCPUs {running} run while all must be stopped"
 
 
+class Reading:
+    """Rows of one VCPU, asked of its thread. It stands in the record of the hook that waits for it."""
+
+    def __init__(self, vcpu: Vcpu, rows: Sequence[Substate]) -> None:
+        self._vcpu = vcpu
+        self._names = tuple([row.name for row in rows])
+        self._batch = vcpu.fd.getting(rows)
+        self._reply = vcpu.make(self._batch)
+        self.values: dict[str, bytes] = {}
+        """The rows' bytes, when it's done without an error."""
+
+    def done(self) -> _Done:
+        """Wait for it."""
+        outcome, names = self._reply.outcome(), self._names
+        try:
+            self.values = dict(zip(names, outcome(), strict=True))
+        except SubstateError as error:
+            read = names[: error.moved]
+            return _part(self._vcpu, self._batch, read=read, ioctls=error.moved + 1, error=str(error)), error
+        return _part(self._vcpu, self._batch, read=names, ioctls=len(names)), None
+
+
 def _get(vcpu: Vcpu) -> _Finish:
     if vcpu.dirty:
         return lambda: (Part(vcpu.index), None)
-    rows = vcpu.table.get_order
-    batch = vcpu.fd.getting(rows)
-    reply = vcpu.make(batch)
+    reading = Reading(vcpu, vcpu.table.get_order)
 
     def finish() -> _Done:
-        outcome = reply.outcome()
-        names = tuple([row.name for row in rows])
-        try:
-            fetched = outcome()
-        except SubstateError as error:  # none of it is used: the kernel still owns the state
-            return _part(vcpu, batch, read=names[: error.moved], ioctls=error.moved + 1, error=str(error)), error
-        vcpu.take(dict(zip(names, fetched, strict=True)))
-        vcpu.dirty = True
-        return _part(vcpu, batch, read=names, ioctls=len(rows)), None
+        part, error = reading.done()
+        if error is None:  # else none of it is used: the kernel still owns the state
+            vcpu.take(reading.values)
+            vcpu.dirty = True
+        return part, error
 
     return finish
 
@@ -251,7 +275,7 @@ def _put(vcpu: Vcpu, level: WritebackLevel) -> _Finish:
     if not rows:
         return lambda: _given_back(vcpu, level, None, (), skipped, ())
     try:
-        batch = vcpu.fd.putting([(row, row.at(copy[row.name], level) if row.at else copy[row.name]) for row in rows])
+        batch = vcpu.fd.putting([(row, row.at(copy[row.name], level)) for row in rows])
     except SubstateError as error:
         failure = error.at(level)
         return lambda: _failed(vcpu, None, written, failure)
@@ -295,37 +319,16 @@ def _failed(vcpu: Vcpu, batch: Batch[object] | None, rows: tuple[str, ...], erro
     return _part(vcpu, batch, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
 
 
-class TscReading:
-    """VCPU 0's TSC and offset, asked of its thread: what every VCPU's offset is found by (kvm/x86/tsc.py).
-
-    It stands in the record of the hook that ends what it was begun for.
-    """
-
-    def __init__(self, vcpu: Vcpu) -> None:
-        self._batch = vcpu.fd.getting([vcpu.table.by_name[name] for name in tsc.FOUND_IN])
-        self._reply = vcpu.make(self._batch)
-        self.values: dict[str, bytes] = {}
-        """FOUND_IN's bytes, when it's done without an error."""
-
-    def done(self, vcpu: Vcpu) -> _Done:
-        """Wait for it."""
-        outcome = self._reply.outcome()
-        try:
-            self.values = dict(zip(tsc.FOUND_IN, outcome(), strict=True))
-        except SubstateError as error:
-            read = tsc.FOUND_IN[: error.moved]
-            return _part(vcpu, self._batch, read=read, ioctls=error.moved + 1, error=str(error)), error
-        return _part(vcpu, self._batch, read=tsc.FOUND_IN, ioctls=len(tsc.FOUND_IN)), None
+def _read_tsc(vcpus: Sequence[Vcpu]) -> Reading | None:
+    """VCPU 0's TSC and offset: what every VCPU's offset is found by (kvm/x86/tsc.py)."""
+    rows = vcpus[0].table.by_name
+    return Reading(vcpus[0], [rows[name] for name in tsc.FOUND_IN]) if "tsc_offset" in rows else None
 
 
-def _read_tsc(vcpus: Sequence[Vcpu]) -> TscReading | None:
-    return TscReading(vcpus[0]) if "tsc_offset" in vcpus[0].table.by_name else None
-
-
-def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: TscReading | None) -> list[_Done]:
+def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: Reading | None) -> list[_Done]:
     if reading is None:
         return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
-    read, error = reading.done(vcpus[0])
+    read, error = reading.done()
     if error:
         return [(read, error)]
     for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], reading.values), strict=True):

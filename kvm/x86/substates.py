@@ -36,6 +36,10 @@ from kvm.x86.structs import (
 RUNTIME, RESET, FULL = WritebackLevel
 
 
+def _whole(raw: bytes, level: WritebackLevel) -> bytes:
+    return raw
+
+
 def _events_at(raw: bytes, level: WritebackLevel) -> bytes:
     """At RUNTIME the NMI, SIPI and SMM parts stay the kernel's (QEMU 4fadfa0030, ea64305139)."""
     if level > RUNTIME:
@@ -57,7 +61,7 @@ class Substate:
     ``template`` is the buffer handed to the get: its length is the struct's size in bytes, its content what the
     ioctl wants filled in (MSR indices, a chip's id). ``get``/``put`` are ioctl names, None where KVM has none:
     a row without a get has its truth in our copy only. ``by_value``: the ioctl's argument is the number itself.
-    ``at``: what of the bytes is written at a level; None means all. ``then``: rows that must be written again after
+    ``at``: what of the bytes is written at a level. ``then``: rows that must be written again after
     this one. ``once``: refused by the kernel after the first run. ``tolerated``: a put that fails stops nothing, and
     stands in the ledger; the kernel goes on with what it has.
     """
@@ -70,7 +74,7 @@ class Substate:
     template: bytes
     struct: type[ctypes.Structure] | None = None
     cap: str | None = None
-    at: Callable[[bytes, WritebackLevel], bytes] | None = None
+    at: Callable[[bytes, WritebackLevel], bytes] = _whole
     then: tuple[str, ...] = ()
     once: bool = False
     by_value: bool = False

@@ -133,7 +133,7 @@ def test_pre_loadvm_takes_ownership_without_reading(machine: Machine) -> None:
         for vcpu in machine.vcpus:  # what a device's load might do
             sync.cpu_synchronize_state(vcpu, ledger=machine.ledger, caller="test")
         if reading:
-            reading.done(machine.vcpus[0])
+            reading.done()
     # Nothing but what all TSC offsets are found by, and that into no copy.
     assert [name for _, name in trace.moved(0)] == (list(tsc.FOUND_IN) if reading else [])
     assert len(trace.calls) == len(trace.moved(0))

@@ -548,7 +548,7 @@ def test_a_copy_of_the_machine_goes_on_like_the_original(make: Make, after: int)
         copy.vcpus[index].put([(row, raw) for row, raw in rows if row.name != OFFSET])
     machine = one.vm.get(one.machine_rows)
     rows = zip(copy.machine_rows, machine, strict=True)
-    copy.vm.put([(row, row.at(raw, row.level) if row.at else raw) for row, raw in rows])
+    copy.vm.put([(row, row.at(raw, row.level)) for row, raw in rows])
     assert _outcome(copy) == _outcome(one), "nothing is lost on the way"
     _run_to_the_end(one)
     _run_to_the_end(copy)

@@ -69,7 +69,7 @@ def test_every_substate_comes_back_as_it_was_put(make: Make, mode: str) -> None:
         assert guest.vcpus[index].get(rows) == first
     machine = guest.vm.get(guest.machine_rows)
     rows = zip(guest.machine_rows, machine, strict=True)
-    guest.vm.put([(row, row.at(raw, row.level) if row.at else raw) for row, raw in rows])
+    guest.vm.put([(row, row.at(raw, row.level)) for row, raw in rows])
     assert guest.vm.get(guest.machine_rows) == machine
 
 
