@@ -154,6 +154,16 @@ class Vcpu:
 
     def post(self, work: Callable[[], T]) -> Reply[T]:
         """Have the VCPU's thread do this, soon; doesn't wait. From any thread."""
+        reply = self._mail(work)
+        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. One that is to
+        # run and still waits has been rung, and looks here first; a ring too many would cost it a turn of the GIL.
+        if self.running:
+            self.fd.kick()
+        else:
+            self._bell.ring()
+        return reply
+
+    def _mail(self, work: Callable[[], T]) -> Reply[T]:
         reply: Reply[T] = Reply(self.index, self.fd.bell())
 
         def job() -> None:
@@ -164,12 +174,6 @@ class Vcpu:
             reply.deliver(outcome)
 
         self._mailbox.put(job)
-        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. One that is to
-        # run and still waits has been rung, and looks here first; a ring too many would cost it a turn of the GIL.
-        if self.running:
-            self.fd.kick()
-        else:
-            self._bell.ring()
         return reply
 
     def make(self, batch: Batch[T]) -> Reply[T]:
@@ -198,12 +202,16 @@ class Vcpu:
     def resume(self) -> Reply[None]:
         """Let the guest run: whoever holds the machine's lock. It counts as running from here on; the answer comes when
         its thread has done what it was asked for before, and sees that."""
+        ran = self.running
         self.stop_reason = ""
         self._resumed = True
         self._asked = None
         self._runs += 1
+        reply = self._mail(lambda: None)
         self._bell.ring()
-        return self.post(lambda: None)
+        if ran:  # else it isn't in the guest: a kick would only have it enter twice
+            self.fd.kick()
+        return reply
 
     def stop(self) -> Reply[int]:
         """Stop the guest, unless it is let run on meanwhile; the answer is when it stood, CLOCK_MONOTONIC ns."""
