@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from app.address import Place, parse
+from app.address import Place
 from app.eyes import Eyes
+from app.look import Look
 from app.space import PAGE, Space
 from kvm.errors import ConfigError
 from kvm.x86 import decode
@@ -21,14 +22,11 @@ LEAD = 2
 """Instructions that stay above RIP when the listing moves on."""
 
 
-class CodeLook:
+class CodeLook(Look):
     """Where the listing begins, and which instruction is chosen in it."""
 
     def __init__(self) -> None:
-        self._followed = parse(START)
-        self.follows: Place | None = self._followed
-        """What the cursor is kept on; None once it was moved."""
-        self.cursor = 0
+        super().__init__(START)
         self._top = 0
         self._height = 1
         self._begins: dict[int, int] = {}
@@ -38,24 +36,9 @@ class CodeLook:
         """List what is there, and follow it if the place moves. Raises ConfigError for a physical address."""
         if place.physical:
             raise ConfigError("Code is at linear addresses here; Tab goes to memory, which shows physical ones, too.")
-        self.cursor = place.address(eyes.regs, eyes.sregs)
-        self.follows = place if place.moves else None
-        self._followed = self.follows or self._followed
+        super().go(place, eyes)
         if self.cursor not in self._addresses(eyes):
             self._top = self.cursor
-
-    def follow_again(self, eyes: Eyes) -> None:
-        """Back to the register that was followed last."""
-        self.go(self._followed, eyes)
-
-    def catch_up(self, eyes: Eyes) -> None:
-        """Put the cursor where what it follows is now."""
-        if self.follows is not None:
-            self.cursor = self.follows.address(eyes.regs, eyes.sregs)
-
-    def point(self, address: int) -> None:
-        """Choose an instruction that is in view."""
-        self.cursor, self.follows = address, None
 
     def move(self, unit: str, by: int, eyes: Eyes) -> None:
         """By instructions ("row", "byte") or listings ("page"). Where instructions begin further up is a guess."""
@@ -78,7 +61,7 @@ class CodeLook:
         if lines > 0:
             self._top = self._list(eyes, self._top, lines + 1)[-1].address
         for _ in range(-lines):
-            space = Space(eyes.machine, eyes.sregs)
+            space = eyes.space()
             known = self._begins.get(self._top, self._top)
             insn = disassemble(space.read(known, MAX_INSTRUCTION), known, eyes.mode.bits)
             still_so = insn and len(insn[0].raw) == self._top - known
@@ -99,15 +82,16 @@ class CodeLook:
         rip = decode.linear_rip(eyes.sregs, eyes.regs.rip, eyes.regs.rflags)
         mode, bits = eyes.mode.value, eyes.mode.bits
         name = mode if str(bits) in mode else f"{mode}, {bits} bits"
-        following = f"{'follows' if self.follows else 'home follows'} {self._followed.text}"
-        return CodeFrame(f"VCPU {eyes.vcpu} {name}", (following,), eyes.note, tuple(listing), rip, self.cursor, digits)
+        return CodeFrame(
+            f"VCPU {eyes.vcpu} {name}", (self.following,), eyes.note, tuple(listing), rip, self.cursor, digits
+        )
 
     def _addresses(self, eyes: Eyes) -> list[int]:
         return [line.address for line in self._list(eyes, self._top, self._height)]
 
     def _list(self, eyes: Eyes, top: int, count: int) -> list[CodeLine]:
         """``count`` lines from ``top`` on, fewer at the end of the address space; a page that can't be read is one."""
-        space = Space(eyes.machine, eyes.sregs)
+        space = eyes.space()
         base = 0 if eyes.mode is decode.Mode.LONG else eyes.sregs.cs.base
         mask = (1 << linear_bits(eyes.sregs)) - 1
         end = mask if top <= mask else (1 << space.bits) - 1

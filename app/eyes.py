@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from app.frames import age_of
+from app.space import Space
 from kvm.machine import Machine, Phase
 from kvm.x86 import decode
 from kvm.x86.structs import Regs, Sregs
@@ -25,6 +26,10 @@ class Eyes:
     def mode(self) -> decode.Mode:
         """What its code is taken for."""
         return decode.mode(self.sregs, self.regs.rflags)
+
+    def space(self, *, physical: bool = False) -> Space:
+        """What lies at linear addresses, or at physical ones."""
+        return Space(self.machine, None if physical else self.sregs)
 
 
 def eyes_of(machine: Machine, vcpu: int) -> Eyes | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from app.address import Place, parse
+from app.address import Place
 from app.eyes import Eyes
+from app.look import Look
 from app.seen import Seen
 from app.space import PAGE, Page, Space
 from kvm.errors import ConfigError
@@ -19,15 +20,12 @@ _SHORT = 1 << 32
 """Addresses below have eight digits."""
 
 
-class MemoryLook:
+class MemoryLook(Look):
     """Where the cursor is, and the window round it. The window moves only as far as the cursor needs."""
 
     def __init__(self) -> None:
-        self._followed = parse(START)
-        self.follows: Place | None = self._followed
-        """What the cursor is kept on; None once it was moved."""
+        super().__init__(START)
         self.physical = False
-        self.cursor = 0
         self._linear_cursor = 0
         self._linear_follows: Place | None = None
         self._top = 0
@@ -41,24 +39,14 @@ class MemoryLook:
 
     def go(self, place: Place, eyes: Eyes) -> None:
         """Put the cursor there, and keep it there if the place moves."""
+        super().go(place, eyes)
         self.physical = place.physical
-        self.cursor = place.address(eyes.regs, eyes.sregs)
-        self.follows = place if place.moves else None
-        self._followed = self.follows or self._followed
         self._afar = True
-
-    def follow_again(self, eyes: Eyes) -> None:
-        """Back to the register that was followed last."""
-        self.go(self._followed, eyes)
 
     def catch_up(self, eyes: Eyes) -> None:
         """Put the cursor where what it follows is now."""
-        if self.follows is not None:
-            self.cursor, self._afar = self.follows.address(eyes.regs, eyes.sregs), True
-
-    def point(self, address: int) -> None:
-        """The cursor to an address that is in view."""
-        self.cursor, self.follows = address, None
+        super().catch_up(eyes)
+        self._afar |= self.follows is not None
 
     def move(self, unit: str, by: int) -> None:
         """By bytes, rows, or pages of rows; not beyond the ends of the address space."""
@@ -81,7 +69,7 @@ class MemoryLook:
 
     def physical_cursor(self, eyes: Eyes) -> int:
         """Where the cursor is in physical memory. Raises ConfigError where its page isn't mapped."""
-        address = self._space(eyes).physical(self.cursor)
+        address = eyes.space(physical=self.physical).physical(self.cursor)
         if address is None:
             raise ConfigError(
                 f"Linear {self.cursor:x} isn't mapped by VCPU {eyes.vcpu}'s page tables, so it is nowhere in physical "
@@ -97,7 +85,7 @@ class MemoryLook:
 
     def look(self, eyes: Eyes, width: int, height: int) -> MemoryFrame:
         """What there is to draw in ``height`` rows of ``width`` cells."""
-        space = self._space(eyes)
+        space = eyes.space(physical=self.physical)
         self.catch_up(eyes)
         self.cursor = min(max(self.cursor, 0), (1 << space.bits) - 1)
         digits = 8 if self.cursor + height * 16 < _SHORT else 16
@@ -125,9 +113,6 @@ class MemoryLook:
             rows.append(HexRow(address, data, frozenset(map(int, marked)), page.why))
         where = "physical" if self.physical else f"VCPU {eyes.vcpu} linear"
         return MemoryFrame(where, self._facts(space, digits), eyes.note, tuple(rows), self.cursor, digits)
-
-    def _space(self, eyes: Eyes) -> Space:
-        return Space(eyes.machine, None if self.physical else eyes.sregs)
 
     def _window(self, space: Space, height: int) -> list[tuple[int, bool]]:
         """What is drawn, top to bottom: an address, and whether it's a heading. The cursor's row is in it."""
@@ -159,10 +144,9 @@ class MemoryLook:
         return drawn
 
     def _facts(self, space: Space, digits: int) -> tuple[str, ...]:
-        following = f"{'follows' if self.follows else 'home follows'} {self._followed.text}"
         value = space.read(self.cursor, 8)
         number = f"  u64 {int.from_bytes(value, 'little'):016x}" if len(value) == 8 else ""
-        return (f"{self.cursor:0{digits}x}{number}", following)
+        return (f"{self.cursor:0{digits}x}{number}", self.following)
 
 
 def _heading(page: Page, digits: int) -> Heading:

@@ -186,7 +186,7 @@ class MemoryScreen(PromptedScreen):
             names = address.words(text)
             return "  ".join(names[:SHOWN_NAMES]) + " …" * (len(names) > SHOWN_NAMES) or str(error)
         at = place.address(eyes.regs, eyes.sregs)
-        page = Space(self._machine, None if place.physical else eyes.sregs).page(at)
+        page = eyes.space(physical=place.physical).page(at)
         where = "" if page.physical is None or place.physical else f", physical {page.physical + at % PAGE:x}"
         return f"{_name(place.physical)} {at:x}{where}{f': {page.why}' if page.why else ''}"
 
@@ -236,7 +236,7 @@ class MemoryScreen(PromptedScreen):
             data = typed_bytes.parse(text)
         except ConfigError as error:
             return str(error)
-        old = Space(self._machine, None if physical else eyes.sregs).read(at, len(data))
+        old = eyes.space(physical=physical).read(at, len(data))
         if len(old) < len(data):
             return f"{_name(physical)} {at + len(old):x} can't be written: it isn't mapped, or there is no memory."
         pauses = "Enter pauses the guest; " if eyes.running else ""

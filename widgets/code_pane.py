@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from textual import events
 
-from widgets.address_pane import AddressPane
-from widgets.line_pane import Line, Span, bar, cut, width_of
+from widgets.address_pane import AddressFrame, AddressPane
+from widgets.line_pane import Line, Span, cut, width_of
 
 HERE = "▶"
 """Stands before the instruction at RIP."""
@@ -30,13 +30,9 @@ class CodeLine:
 
 
 @dataclass(frozen=True, slots=True)
-class CodeFrame:
-    """All that is drawn. ``where`` says whose code and in which mode, ``facts`` what else there is to know."""
+class CodeFrame(AddressFrame):
+    """All that is drawn."""
 
-    where: str = ""
-    facts: tuple[str, ...] = ()
-    note: str = ""
-    """A warning: how old the registers are."""
     rows: tuple[CodeLine, ...] = ()
     rip: int = -1
     """The linear address of the next instruction."""
@@ -45,26 +41,16 @@ class CodeFrame:
     """Of addresses."""
 
 
-class CodePane(AddressPane):
-    """Draws a frame."""
+class CodePane(AddressPane[CodeFrame]):
+    """A listing; the whole line of the chosen instruction stands out."""
+
+    NAME = "Code"
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self.frame = CodeFrame()
-
-    def show(self, frame: CodeFrame) -> None:
-        """Draw this from now on."""
-        if frame != self.frame:
-            self.frame = frame
-            self.redraw()
+        super().__init__(CodeFrame(), id=id)
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
-        frame = self.frame
-        left: list[Span] = [(" Code ", "strong"), (f" {frame.where}", "rip")]
-        if frame.note:
-            left.append((f"  {frame.note}", "warn"))
-        title = bar(left, [[(fact, "label")] for fact in frame.facts], width, self.base)
-        return [title, *(self._line(row, width) for row in frame.rows[: height - 1])]
+        return [self.title(width), *(self._line(row, width) for row in self.frame.rows[: height - 1])]
 
     def _line(self, row: CodeLine, width: int) -> Line:
         here = row.address == self.frame.rip

@@ -8,8 +8,8 @@ from itertools import groupby
 
 from textual import events
 
-from widgets.address_pane import AddressPane
-from widgets.line_pane import Line, Span, bar, cut
+from widgets.address_pane import AddressFrame, AddressPane
+from widgets.line_pane import Line, Span, cut
 from widgets.vcpu_pane import MARK
 
 ROW_BYTES = (16, 8)
@@ -35,13 +35,9 @@ class HexRow:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryFrame:
-    """All that is drawn. ``where`` says which address space, ``facts`` what else there is to know of it."""
+class MemoryFrame(AddressFrame):
+    """All that is drawn."""
 
-    where: str = ""
-    facts: tuple[str, ...] = ()
-    note: str = ""
-    """A warning: how old the registers are."""
     rows: tuple[Heading | HexRow, ...] = ()
     cursor: int = 0
     digits: int = 8
@@ -58,26 +54,16 @@ def _ascii_at(digits: int, count: int) -> int:
     return 1 + digits + 1 + 3 * count + 2
 
 
-class MemoryPane(AddressPane):
-    """Draws a frame."""
+class MemoryPane(AddressPane[MemoryFrame]):
+    """Bytes in both forms; the chosen one stands out in both."""
+
+    NAME = "Memory"
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self.frame = MemoryFrame()
-
-    def show(self, frame: MemoryFrame) -> None:
-        """Draw this from now on."""
-        if frame != self.frame:
-            self.frame = frame
-            self.redraw()
+        super().__init__(MemoryFrame(), id=id)
 
     def lines(self, width: int, height: int) -> Sequence[Line]:
-        frame = self.frame
-        left: list[Span] = [(" Memory ", "strong"), (f" {frame.where}", "rip")]
-        if frame.note:
-            left.append((f"  {frame.note}", "warn"))
-        title = bar(left, [[(fact, "label")] for fact in frame.facts], width, self.base)
-        return [title, *(self._line(row, width) for row in frame.rows[: height - 1])]
+        return [self.title(width), *(self._line(row, width) for row in self.frame.rows[: height - 1])]
 
     def _line(self, row: Heading | HexRow, width: int) -> Line:
         if isinstance(row, Heading):

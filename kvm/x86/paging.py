@@ -68,8 +68,8 @@ def is_linear(sregs: Sregs | Sregs2, address: int) -> bool:
     """Is it one that the processor would look up: canonical in long mode (SDM vol. 1, 3.3.7.1), else of 32 bits?"""
     if not sregs.efer & EFER_LMA:
         return not address >> 32
-    sign = address >> (56 if sregs.cr4 & CR4_LA57 else 47)
-    return sign in (0, (1 << 64) - 1 >> (56 if sregs.cr4 & CR4_LA57 else 47))
+    sign = 56 if sregs.cr4 & CR4_LA57 else 47
+    return address >> sign in (0, (1 << 64) - 1 >> sign)
 
 
 def tables(sregs: Sregs | Sregs2, read: Read) -> frozenset[int]:
