@@ -465,6 +465,7 @@ WORK = f"""
     test $0xff, %cl; jnz 2f
     rdtsc; add %eax, 0x6104; pause
 2:  loop 1b
+1:  testb $1, 0x6400; jz 1b
     cli
     out %al, $0xf4
     .org HANDLER
@@ -504,7 +505,9 @@ def _outcome(guest: Guest) -> tuple[object, ...]:
 
 
 def _run_to_the_end(guest: Guest, kicks: random.Random | None = None) -> None:
-    """Run until the guest stops itself; with ``kicks``, all are stopped and started again at random moments."""
+    """Run until the guest stops itself, which only now it may (a stop in its midst may come late); with ``kicks``, all
+    are stopped and started again at random moments."""
+    guest.write(0x6400, b"\1")
     ended = threading.Event()
     guest.bus.hooks[0xF4] = lambda value: (ended.set(), guest.stop())  # type: ignore[func-returns-value]
     while not ended.is_set():
