@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from kvm.backends.interface import Vm
 from kvm.errors import SubstateError
-from kvm.ledger import Part
+from kvm.ledger import Done, Part
 from kvm.levels import WritebackLevel
-from kvm.x86.substates import machine_table
+from kvm.x86.substates import Choice, machine_table
 
 
 class Chips:
@@ -22,35 +22,47 @@ class Chips:
     def __init__(self, vm: Vm, caps: Mapping[str, int]) -> None:
         self._vm = vm
         self.rows = machine_table(caps)
-        self.copy: dict[str, bytes] = {}
+        self._names = tuple(row.name for row in self.rows)
+        self._choices = {level: Choice(row for row in self.rows if row.level <= level) for level in WritebackLevel}
+        self.copy: Mapping[str, bytes] = {}
         """As they were read last; or what is to be put."""
 
-    def get(self) -> tuple[Part, SubstateError | None]:
+    def get(self) -> Moved:
         """Read all of them into the copy, which is left alone if that fails."""
         began = time.monotonic_ns()
-        names = tuple(row.name for row in self.rows)
         try:
             values = self._vm.get(self.rows)
         except SubstateError as error:
-            moved = error.moved
-            return _part(began, read=names[:moved], ioctls=moved + 1, error=str(error)), error
-        self.copy = dict(zip(names, values, strict=True))
-        return _part(began, read=names, ioctls=len(names)), None
+            return Moved(began, self._names, error)
+        self.copy = dict(zip(self._names, values, strict=True))
+        return Moved(began, self._names, None)
 
-    def put(self, level: WritebackLevel) -> tuple[Part, SubstateError | None]:
+    def put(self, level: WritebackLevel) -> Moved:
         """Write those of the copy that the level allows."""
         began = time.monotonic_ns()
-        rows = [(row, row.at(self.copy[row.name], level)) for row in self.rows if row.level <= level]
-        names = tuple(row.name for row, _ in rows)
+        choice = self._choices[level]
         try:
-            self._vm.put(rows)
-        except SubstateError as failure:
-            error, moved = failure.at(level), failure.moved
-            return _part(began, written=names[:moved], ioctls=moved + 1, error=str(error)), error
-        return _part(began, written=names, ioctls=len(names)), None
+            self._vm.put(choice.rows, choice.raws(self.copy, level))
+        except SubstateError as error:
+            return Moved(began, choice.names, error.at(level), level)
+        return Moved(began, choice.names, None, level)
 
 
-def _part(
-    began: int, *, read: tuple[str, ...] = (), written: tuple[str, ...] = (), ioctls: int, error: str = ""
-) -> Part:
-    return Part(None, read, written, (), ioctls, began, (time.monotonic_ns() - began) / 1000, error)
+class Moved:
+    """Substates that were read, or written at a level, from ``began`` (CLOCK_MONOTONIC, ns) to now."""
+
+    def __init__(
+        self, began: int, names: tuple[str, ...], error: SubstateError | None, level: WritebackLevel | None = None
+    ) -> None:
+        self._microseconds = (time.monotonic_ns() - began) / 1000
+        self._began, self._names, self.error, self._level = began, names, error, level
+
+    def done(self) -> Done:
+        """For the ledger."""
+        names, error = self._names, self.error
+        ioctls = len(names)
+        if error is not None:
+            names, ioctls = names[: error.moved], error.moved + 1
+        read, written = (names, ()) if self._level is None else ((), names)
+        why = str(error) if error else ""
+        return Part(None, read, written, (), ioctls, self._began, self._microseconds, why), error

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvm.errors import SubstateError
 from kvm.levels import WritebackLevel
 
 
@@ -30,6 +31,10 @@ class Part(NamedTuple):
     microseconds: float = 0.0
     error: str = ""
     tolerated: tuple[tuple[str, str], ...] = ()
+
+
+Done = tuple[Part, SubstateError | None]
+"""A part, and what ended it half-way."""
 
 
 class Record(NamedTuple):

@@ -68,7 +68,8 @@ class Machine:
         """Keeps orders to all VCPUs whole: a stop that comes half before a resume would leave some standing."""
         self._checkpoints = Checkpoints()
         self._half_done = ""
-        """The reset or load that is under way, or that failed half-way: the guest must not run on what it left."""
+        """The reset or load that is under way, or that failed half-way: the machine is neither the old nor the new one
+        then, and the guest must not run on that."""
         self._ran = False
         self._vm = system.create_vm()
         try:
@@ -228,12 +229,13 @@ class Machine:
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
             self._supervisor.epoch += 1
             self._forget_reasons()
-            with self._all_or_stopped("reset"):
-                self.board.reset()
-                self._load_image()
-                self._reset_copies()
-                self.chips.copy = dict(self._fresh.machine)
-                sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self.chips)
+            self._half_done = "reset"
+            self.board.reset()
+            self._load_image()
+            self._reset_copies()
+            self.chips.copy = self._fresh.machine
+            sync.cpu_synchronize_all_post_reset(self.vcpus, ledger=self.ledger, caller="reset", chips=self.chips)
+            self._half_done = ""
             self._checkpoints.came_from = None
             self._set_status(Status(Phase.PAUSED, "reset"))
             if was_running:
@@ -550,13 +552,6 @@ class Machine:
         elif self._status.phase is Phase.RUNNING and not any(each.running for each in self.vcpus):
             self._set_status(Status(Phase.PAUSED, f"{operation} failed: {error}", vcpu))
 
-    @contextmanager
-    def _all_or_stopped(self, what: str) -> Iterator[None]:
-        """Round what replaces the whole state: if it fails, the machine is neither the old nor the new one."""
-        self._half_done = what
-        yield
-        self._half_done = ""
-
     def _set_status(self, status: Status) -> None:
         with self._changed:
             self._status = status
@@ -647,18 +642,17 @@ class Machine:
         """
         self._supervisor.epoch += 1
         self._forget_reasons()
-        with self._all_or_stopped("load"):
-            reading = sync.cpu_synchronize_all_pre_loadvm(
-                self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us
-            )
-            pages = put_memory_back()
-            self.board.load(dict(state.devices))
-            for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
-                vcpu.copy.update(copy)
-            self.chips.copy = dict(state.machine)
-            sync.cpu_synchronize_all_post_init(
-                self.vcpus, ledger=self.ledger, caller="load", chips=self.chips, reading=reading
-            )
+        self._half_done = "load"
+        reading = sync.cpu_synchronize_all_pre_loadvm(self.vcpus, ledger=self.ledger, caller="load", skew_us=skew_us)
+        pages = put_memory_back()
+        self.board.load(state.devices)
+        for vcpu, copy in zip(self.vcpus, state.vcpus, strict=True):
+            vcpu.copy.update(copy)
+        self.chips.copy = state.machine
+        sync.cpu_synchronize_all_post_init(
+            self.vcpus, ledger=self.ledger, caller="load", chips=self.chips, reading=reading
+        )
+        self._half_done = ""
         return pages
 
     def _forget_reasons(self) -> None:

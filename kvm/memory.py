@@ -52,7 +52,7 @@ class Region:
     readonly: bool
     first_page: int
     """The page number of its first page (RAM only)."""
-    _host_wrote: set[int] = field(default_factory=set)
+    host_wrote: set[int] = field(default_factory=set)
     """Pages of the region that the host wrote: the backend's dirty log doesn't know of them."""
     _marking: threading.Lock = field(default_factory=threading.Lock)
     """Devices write while a running guest's dirty pages are collected."""
@@ -65,12 +65,12 @@ class Region:
         """Write at an offset. Marked when it's there: a page that is collected before is collected again."""
         self.memory[start : start + len(data)] = data
         with self._marking:
-            self._host_wrote.update(range(start // PAGE_SIZE, (start + len(data) - 1) // PAGE_SIZE + 1))
+            self.host_wrote.update(range(start // PAGE_SIZE, (start + len(data) - 1) // PAGE_SIZE + 1))
 
     def take_marks(self) -> set[int]:
         """The pages that the host wrote since the last call."""
         with self._marking:
-            marks, self._host_wrote = self._host_wrote, set()
+            marks, self.host_wrote = self.host_wrote, set()
         return marks
 
 
@@ -215,6 +215,16 @@ class Memory:
                 pages = union(pages, np.fromiter(marks, np.int64, len(marks)))
             found.append(pages + region.first_page if region.first_page else pages)
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def go_back(self, contents: NDArray[np.uint8], places: Pages) -> int:
+        """Give every page that was written since the last look at the log ``contents[places[page]]``; how many those
+        were. Nothing is dirty then. Every VCPU stands, and with it the devices that write."""
+        count = 0
+        for region in self.ram:
+            there = places[region.first_page : region.first_page + len(region.pages)]
+            count += self._vm.go_back(region.slot, region.host_wrote, contents, there)
+            region.take_marks()
+        return count
 
     def _by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:
         """Ascending page numbers split by region: the region, their numbers within it, their place in ``pages``."""

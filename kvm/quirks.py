@@ -125,7 +125,7 @@ def ignored(system: System) -> tuple[Ignored, ...]:
         try:
             rows = table.get_order
             own = cpuid.for_vcpu(system.cpuid(), 0, 1, tsc_deadline=False)
-            fd.put([(table.by_name["cpuid"], own)])
+            fd.put([table.by_name["cpuid"]], [own])
             fresh = dict(zip((row.name for row in rows), fd.get(rows), strict=True))
             state = reset_state({**fresh, "cpuid": own}, 0)
             return tuple(Ignored(probe.what, probe.lost) for probe in PROBES if _is_ignored(probe, fd, table, state))
@@ -142,9 +142,9 @@ def _is_ignored(probe: _Probe, fd: VcpuFd, table: Table, state: Mapping[str, byt
         return False
     raw = state[probe.substate]
     try:
-        fd.put([(row, probe.write(raw, probe.value))])
+        fd.put([row], [probe.write(raw, probe.value)])
         (after,) = fd.get([row])
-        fd.put([(row, raw)])
+        fd.put([row], [raw])
     except SubstateError:
         return False
     return not probe.kept(probe.value, probe.read(after))

@@ -26,20 +26,18 @@ from kvm.errors import SubstateError
 from kvm.ledger import Ledger, Part
 from kvm.levels import WritebackLevel
 from kvm.x86 import tsc
+from kvm.x86.substates import Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvm.backends.interface import Batch
-    from kvm.chips import Chips
+    from kvm.chips import Chips, Moved
+    from kvm.ledger import Done
     from kvm.vcpu import Vcpu
-    from kvm.x86.substates import Substate
 
-    _Done = tuple[Part, SubstateError | None]
-    """One VCPU's part, or the machine's own, and what ended it half-way."""
-
-    _Finish = Callable[[], _Done]
-    """Waits for a VCPU's ioctls, which its own thread makes, and does what follows from them."""
+    _Finish = Callable[[], Done]
+    """Waits for ioctls, a VCPU's own thread makes its own, and does what follows from them."""
 
 __all__ = [
     "WritebackLevel",
@@ -71,7 +69,7 @@ def cpu_synchronize_all_states(
     Raises SubstateError.
     """
     began = time.monotonic_ns()
-    done = _after(chips.get() if chips else None, lambda: _on_all(vcpus, _get))
+    done = _after(chips.get() if chips else None, lambda: [_get(vcpu) for vcpu in vcpus])
     _record(ledger, "cpu_synchronize_all_states", None, caller, done, began, skew_us)
 
 
@@ -143,7 +141,7 @@ def _give_back(
     done = _after(
         chips.put(level) if chips else None,
         lambda: _put_all(vcpus, level, reading),
-        lambda: [reading.done()] if reading else [],
+        lambda: [reading.done] if reading else [],
     )
     _record(ledger, hook, level, caller, done, began)
 
@@ -153,7 +151,7 @@ def _record(
     hook: str,
     level: WritebackLevel | None,
     caller: str,
-    done: Sequence[_Done],
+    done: Sequence[Done],
     began: int,
     skew_us: float = 0.0,
 ) -> None:
@@ -165,20 +163,15 @@ def _record(
 
 
 def _after(
-    machine: _Done | None, vcpus: Callable[[], list[_Done]], instead: Callable[[], list[_Done]] = list
-) -> list[_Done]:
-    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed.
+    machine: Moved | None, vcpus: Callable[[], list[_Finish]], instead: Callable[[], list[_Finish]] = list
+) -> list[Done]:
+    """The machine's own part, if there is one, and then the VCPUs', which aren't touched if that failed: each VCPU's
+    thread makes its part, all at once, and every part is waited for before an error is raised.
 
     ``instead``: what was asked of one of them already.
     """
-    if machine is None:
-        return vcpus()
-    return [machine, *(instead() if machine[1] else vcpus())]
-
-
-def _on_all(vcpus: Sequence[Vcpu], start: Callable[[Vcpu], _Finish]) -> list[_Done]:
-    """Each VCPU's thread makes its part, all at once; every part is waited for before an error is raised."""
-    return [finish() for finish in [start(vcpu) for vcpu in vcpus]]
+    finish = vcpus() if machine is None or machine.error is None else instead()
+    return [each() for each in ([*finish] if machine is None else [machine.done, *finish])]
 
 
 def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
@@ -187,38 +180,46 @@ def _assert_stopped(vcpus: Sequence[Vcpu]) -> None:
 
 
 class Reading:
-    """Rows of one VCPU, asked of its thread. It stands in the record of the hook that waits for it."""
+    """Rows of one VCPU, asked of its thread. They stand in the record of the hook that waits for them."""
 
-    def __init__(self, vcpu: Vcpu, rows: Sequence[Substate]) -> None:
+    def __init__(self, vcpu: Vcpu, choice: Choice) -> None:
         self._vcpu = vcpu
-        self._names = tuple([row.name for row in rows])
-        self._batch = vcpu.fd.getting(rows)
-        self._reply = vcpu.make(self._batch)
+        self.names = choice.names
+        self.batch = vcpu.fd.getting(choice.rows)
+        self._reply = vcpu.make(self.batch)
+        self._error: SubstateError | None = None
         self.values: dict[str, bytes] = {}
         """The rows' bytes, when it's done without an error."""
 
-    def done(self) -> _Done:
-        """Wait for it."""
-        outcome, names = self._reply.outcome(), self._names
+    def wait(self) -> bool:
+        """Until it's done; has it gone well?"""
+        outcome = self._reply.outcome()
         try:
-            self.values = dict(zip(names, outcome(), strict=True))
+            self.values = dict(zip(self.names, outcome(), strict=True))
         except SubstateError as error:
-            read = names[: error.moved]
-            return _part(self._vcpu, self._batch, read=read, ioctls=error.moved + 1, error=str(error)), error
-        return _part(self._vcpu, self._batch, read=names, ioctls=len(names)), None
+            self._error = error
+        return self._error is None
+
+    def done(self) -> Done:
+        """Wait for it, where it makes a part of its own."""
+        self.wait()
+        if (error := self._error) is not None:
+            read = self.names[: error.moved]
+            return _part(self._vcpu, self.batch, read, (), (), error.moved + 1, error=str(error)), error
+        return _part(self._vcpu, self.batch, self.names, (), (), len(self.names)), None
 
 
 def _get(vcpu: Vcpu) -> _Finish:
     if vcpu.dirty:
         return lambda: (Part(vcpu.index), None)
-    reading = Reading(vcpu, vcpu.table.get_order)
+    reading = Reading(vcpu, vcpu.table.to_get)
 
-    def finish() -> _Done:
-        part, error = reading.done()
-        if error is None:  # else none of it is used: the kernel still owns the state
+    def finish() -> Done:
+        done = reading.done()
+        if done[1] is None:  # else none of it is used: the kernel still owns the state
             vcpu.take(reading.values)
             vcpu.dirty = True
-        return part, error
+        return done
 
     return finish
 
@@ -226,36 +227,38 @@ def _get(vcpu: Vcpu) -> _Finish:
 def _part(
     vcpu: Vcpu,
     batch: Batch[object] | None,
-    *,
-    read: tuple[str, ...] = (),
-    written: tuple[str, ...] = (),
-    skipped: tuple[str, ...] = (),
+    read: tuple[str, ...],
+    written: tuple[str, ...],
+    skipped: tuple[str, ...],
     ioctls: int,
+    *,
     error: str = "",
     tolerated: Sequence[SubstateError] = (),
+    reading: Reading | None = None,
 ) -> Part:
+    """``reading``: what was read for the batch's sake."""
     began, microseconds = (batch.began_ns, batch.microseconds) if batch else (time.monotonic_ns(), 0.0)
-    refused = tuple([(each.substate, each.symbol) for each in tolerated])
+    if reading is not None:
+        read, ioctls, microseconds = (
+            reading.names, ioctls + len(reading.names), microseconds + reading.batch.microseconds
+        )  # fmt: skip
+    refused = tuple([(each.substate, each.symbol) for each in tolerated]) if tolerated else ()
     return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error, refused)
 
 
-def _to_write(vcpu: Vcpu, level: WritebackLevel) -> tuple[list[Substate], tuple[str, ...]]:
-    """What the table says for this level, and the names of what is left alone: at RUNTIME all rows whose bytes haven't
-    changed, but for those that must follow another.
+def _to_write(vcpu: Vcpu, level: WritebackLevel) -> Choice:
+    """What the table says for this level. Left alone are, at RUNTIME, all rows whose bytes haven't changed, but for
+    those that must follow another.
 
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
     """
     table, copy, known = vcpu.table, vcpu.copy, vcpu.known
-    allowed = table.up_to(level)
     if level > WritebackLevel.RUNTIME and vcpu.dirty:
-        same = {name for name in table.ours if known.get(name) == copy[name]}
-        same -= {name for name in same & table.followers if any(copy[name])}
-        return [row for row in allowed if row.name not in same], tuple(
-            [row.name for row in allowed if row.name in same]
-        )
+        same = [name for name in table.ours if known.get(name) == copy[name]]
+        return table.up_to(level, tuple([n for n in same if n not in table.followers or not any(copy[n])]))
     rows, skipped = [], []
     again: set[str] = set()
-    for row in allowed:
+    for row in table.up_to(level).rows:
         if not vcpu.dirty and row.get is not None:
             continue
         name = row.name
@@ -265,30 +268,30 @@ def _to_write(vcpu: Vcpu, level: WritebackLevel) -> tuple[list[Substate], tuple[
             again.update(row.then)
         else:
             skipped.append(name)
-    return rows, tuple(skipped)
+    return Choice(rows, tuple(skipped))
 
 
-def _put(vcpu: Vcpu, level: WritebackLevel) -> _Finish:
-    rows, skipped = _to_write(vcpu, level)
-    copy = vcpu.copy
-    written = tuple([row.name for row in rows])
-    if not rows:
-        return lambda: _given_back(vcpu, level, None, (), skipped, ())
+def _put(vcpu: Vcpu, level: WritebackLevel, reading: Reading | None = None) -> _Finish:
+    choice = _to_write(vcpu, level)
+    written = choice.names
+    if not written:
+        return lambda: _given_back(vcpu, level, None, choice, {}, (), reading)
     try:
-        batch = vcpu.fd.putting([(row, row.at(copy[row.name], level)) for row in rows])
+        batch = vcpu.fd.putting(choice.rows, choice.raws(vcpu.copy, level))
     except SubstateError as error:
         failure = error.at(level)
-        return lambda: _failed(vcpu, None, written, failure)
+        return lambda: _failed(vcpu, None, written, failure, reading)
     _unknown(vcpu, written)  # until it's known: who waits for it may be interrupted
     reply = vcpu.make(batch)
+    held = dict(zip(written, map(vcpu.copy.__getitem__, written), strict=True))
 
-    def finish() -> _Done:
+    def finish() -> Done:
         outcome = reply.outcome()
         try:
             tolerated = outcome()
         except SubstateError as error:
-            return _failed(vcpu, batch, written, error.at(level))
-        return _given_back(vcpu, level, batch, written, skipped, tolerated)
+            return _failed(vcpu, batch, written, error.at(level), reading)
+        return _given_back(vcpu, level, batch, choice, held, tolerated, reading)
 
     return finish
 
@@ -297,45 +300,50 @@ def _given_back(
     vcpu: Vcpu,
     level: WritebackLevel,
     batch: Batch[object] | None,
-    written: tuple[str, ...],
-    skipped: tuple[str, ...],
+    choice: Choice,
+    held: dict[str, bytes],
     tolerated: Sequence[SubstateError],
-) -> _Done:
-    ioctls = len(written)
+    reading: Reading | None,
+) -> Done:
+    """The kernel holds these now, but for those of which it ``tolerated`` that it doesn't."""
+    written = choice.names
     if tolerated:
         written = _without(written, tolerated)
         _unknown(vcpu, [each.substate for each in tolerated])
-    vcpu.gave_back(written, level)
+        held = {name: held[name] for name in written}
+    vcpu.gave_back(held, level)
     vcpu.dirty = False
-    return _part(vcpu, batch, written=written, skipped=skipped, ioctls=ioctls, tolerated=tolerated), None
+    return _part(
+        vcpu, batch, (), written, choice.skipped, len(choice.names), tolerated=tolerated, reading=reading
+    ), None
 
 
-def _failed(vcpu: Vcpu, batch: Batch[object] | None, rows: tuple[str, ...], error: SubstateError) -> _Done:
+def _failed(
+    vcpu: Vcpu, batch: Batch[object] | None, rows: tuple[str, ...], error: SubstateError, reading: Reading | None
+) -> Done:
     """The put of these ended half-way."""
     moved, rest = _without(rows[: error.moved], error.tolerated), rows[error.moved :]
     vcpu.known.update((name, vcpu.copy[name]) for name in moved)
     _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
-    made = error.moved + 1
-    return _part(vcpu, batch, written=moved, ioctls=made, error=str(error), tolerated=error.tolerated), error
+    return _part(
+        vcpu, batch, (), moved, (), error.moved + 1, error=str(error), tolerated=error.tolerated, reading=reading
+    ), error
 
 
 def _read_tsc(vcpus: Sequence[Vcpu]) -> Reading | None:
     """VCPU 0's TSC and offset: what every VCPU's offset is found by (kvm/x86/tsc.py)."""
-    rows = vcpus[0].table.by_name
-    return Reading(vcpus[0], [rows[name] for name in tsc.FOUND_IN]) if "tsc_offset" in rows else None
+    choice = vcpus[0].table.tells_tsc
+    return Reading(vcpus[0], choice) if choice else None
 
 
-def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: Reading | None) -> list[_Done]:
-    if reading is None:
-        return _on_all(vcpus, lambda vcpu: _put(vcpu, level))
-    read, error = reading.done()
-    if error:
-        return [(read, error)]
-    for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], reading.values), strict=True):
-        each.copy["tsc_offset"] = offset
-    (part, failure), *others = _on_all(vcpus, lambda vcpu: _put(vcpu, level))
-    ioctls, microseconds = read.ioctls + part.ioctls, read.microseconds + part.microseconds
-    return [(part._replace(read=read.read, ioctls=ioctls, microseconds=microseconds), failure), *others]
+def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: Reading | None) -> list[_Finish]:
+    if reading is not None:
+        if not reading.wait():
+            return [reading.done]
+        for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], reading.values), strict=True):
+            each.copy["tsc_offset"] = offset
+    first, *others = vcpus
+    return [_put(first, level, reading), *[_put(vcpu, level) for vcpu in others]]
 
 
 def _without(names: tuple[str, ...], failed: Sequence[SubstateError]) -> tuple[str, ...]:

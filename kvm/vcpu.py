@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Generic, NoReturn, TypeVar
 
 from kvm import sync
-from kvm.backends.interface import Batch, Bell, Bus, Exit, ExitKind, Sample, VcpuFd
+from kvm.backends.interface import Awaited, Batch, Bus, Exit, ExitKind, Sample, VcpuFd
 from kvm.errors import MachineError, VmdeckError
 from kvm.ledger import Ledger
 from kvm.levels import WritebackLevel
@@ -64,27 +64,23 @@ class VcpuView:
 class Reply(Generic[T]):
     """The answer to posted work."""
 
-    def __init__(self, vcpu: int, bell: Bell, outcome: Callable[[], T] | None = None) -> None:
-        """``outcome``: what holds when the bell has been rung, if that's known already."""
+    def __init__(self, vcpu: int, awaited: Awaited | None, outcome: Callable[[], T] | None = None) -> None:
+        """``awaited``: until then it can't be known; None if it's there. ``outcome``: what holds then, if that's known
+        already."""
         self._vcpu = vcpu
-        self._bell = bell
-        self._outcome = outcome
-        self._rung = False
-
-    def deliver(self, outcome: Callable[[], T]) -> None:
-        self._outcome = outcome
-        self._bell.ring()
+        self._awaited = awaited
+        self.holds = outcome
 
     def outcome(self, timeout: float = WAIT_LIMIT) -> Callable[[], T]:
         """Wait for it; what comes back returns the result or raises. MachineError after ``timeout`` seconds."""
-        if not self._rung:
-            self._rung = self._bell.wait(timeout)
-        if not self._rung or self._outcome is None:
+        if self._awaited is not None and self._awaited.wait(timeout):
+            self._awaited = None
+        if self._awaited is not None or self.holds is None:
             raise MachineError(
                 f"VCPU {self._vcpu} did not answer within {timeout:g} s. Its thread hangs in the kernel or the host is "
                 f"overloaded; the other VCPUs are as they were. Try again, or end vmdeck."
             )
-        return self._outcome
+        return self.holds
 
 
 def _sample(time_ns: int, regs: bytes, sregs: bytes, events: bytes) -> Sample:
@@ -164,14 +160,15 @@ class Vcpu:
         return reply
 
     def _mail(self, work: Callable[[], T]) -> Reply[T]:
-        reply: Reply[T] = Reply(self.index, self.fd.bell())
+        bell = self.fd.bell()
+        reply: Reply[T] = Reply(self.index, bell)
 
         def job() -> None:
             try:
-                outcome = _result(work())
+                reply.holds = _result(work())
             except BaseException as error:  # it belongs to whoever asked
-                outcome = _raiser(error)
-            reply.deliver(outcome)
+                reply.holds = _raiser(error)
+            bell.ring()
 
         self._mailbox.put(job)
         return reply
@@ -180,12 +177,10 @@ class Vcpu:
         """Have the VCPU's thread make these ioctls; doesn't wait. From any thread, the VCPU's own too."""
         if threading.current_thread() is self._thread:
             batch.make()
-            made: Reply[T] = Reply(self.index, self.fd.bell())
-            made.deliver(batch.outcome)
-            return made
-        bell = None if self.running else batch.hand(self._bell)
-        if bell is not None:
-            return Reply(self.index, bell, batch.outcome)
+            return Reply(self.index, None, batch.outcome)
+        awaited = None if self.running else batch.hand(self._bell)
+        if awaited is not None:
+            return Reply(self.index, awaited, batch.outcome)
 
         def work() -> T:
             batch.make()
@@ -311,9 +306,9 @@ class Vcpu:
             and self.known.get(row.name) != self.copy[row.name]
         )
 
-    def gave_back(self, written: tuple[str, ...], level: WritebackLevel) -> None:
-        """The kernel now holds these rows of the copy; what it holds is also what there is to see until it runs on."""
-        self.known.update((name, self.copy[name]) for name in written)
+    def gave_back(self, held: Mapping[str, bytes], level: WritebackLevel) -> None:
+        """The kernel holds these rows of the copy now; it's also what there is to see until it runs on."""
+        self.known.update(held)
         if self.dirty:
             self.last_put = level
             copy = self.copy

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from kvm.backends.interface import Bell
+from kvm.backends.interface import Awaited, Bell
 from kvm.errors import SubstateError
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Deferred(Generic[T]):
             self._outcome = error
         self.microseconds = (time.monotonic_ns() - self.began_ns) / 1000
 
-    def hand(self, bell: Bell) -> None:
+    def hand(self, bell: Bell) -> Awaited | None:
         """Python can only be run by a thread that has its turn."""
 
     def outcome(self) -> T:

@@ -7,7 +7,7 @@ Features are asked by capability, never by a backend's name.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeVar
@@ -92,14 +92,18 @@ class IoctlTrace:
     """threading.get_ident() of the thread that made it."""
 
 
-class Bell(Protocol):
+class Awaited(Protocol):
+    """What one thread can wait for."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until it's there, True, or so many seconds are over, False."""
+
+
+class Bell(Awaited, Protocol):
     """Wakes the one thread that waits for it. What was rung before the wait counts; twice may count as once."""
 
     def ring(self) -> None:
         """Any thread; never blocks."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Until it's rung, True, or so many seconds are over, False."""
 
     def catch_up(self) -> None:
         """Make what was handed over so far (``Batch.hand``): the thread that waits here, before it does what it was
@@ -109,7 +113,8 @@ class Bell(Protocol):
 class Batch(Protocol[T]):
     """Gets or puts on one VCPU that are ready to be made, once.
 
-    ``began_ns`` (CLOCK_MONOTONIC) and ``microseconds``: when they were made, and how long that took.
+    ``began_ns`` (CLOCK_MONOTONIC) and ``microseconds``: when they were made, and how long that took. These and the
+    outcome are good until the next gets, or puts, of the same rows are asked for.
     """
 
     @property
@@ -121,9 +126,9 @@ class Batch(Protocol[T]):
     def make(self) -> None:
         """Make them: the VCPU's own thread."""
 
-    def hand(self, bell: Bell) -> Bell | None:
-        """Have the thread that waits at this bell make them where it stands, without the interpreter's turn to it; the
-        bell that is rung then. None where that can't be had. Keep the batch until then. Any thread; never blocks."""
+    def hand(self, bell: Bell) -> Awaited | None:
+        """Have the thread that waits at this bell make them where it stands, without the interpreter's turn to it; what
+        can be waited for then. None where that can't be had. Keep the batch until then. Any thread; never blocks."""
 
     def outcome(self) -> T:
         """What came of it, when it's made. Raises SubstateError. Any thread."""
@@ -145,17 +150,20 @@ class VcpuFd(Protocol):
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         """Read these substates in this order, one batch. Raises SubstateError."""
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> tuple[SubstateError, ...]:
         """Write these substates in this order, one batch. Raises SubstateError; its ``moved`` counts those written.
 
         A ``tolerated`` row's failure doesn't stop the batch: it's returned, or stands in the error's ``tolerated``.
         """
 
-    def getting(self, rows: Sequence[Substate]) -> Batch[list[bytes]]:
+    def getting(self, rows: tuple[Substate, ...]) -> Batch[list[bytes]]:
         """A ``get`` to be made by the VCPU's thread. Any thread, one at a time."""
 
-    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Batch[tuple[SubstateError, ...]]:
-        """A ``put`` to be made by the VCPU's thread. Any thread. Raises SubstateError for a struct of a wrong size."""
+    def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> Batch[tuple[SubstateError, ...]]:
+        """A ``put`` to be made by the VCPU's thread. Any thread, one at a time.
+
+        Raises SubstateError for a struct of a wrong size.
+        """
 
     def run(self, bus: Bus) -> Exit:
         """Run the guest, serving port I/O and MMIO through ``bus``, until the machine must know of something."""
@@ -211,6 +219,10 @@ class Vm(Protocol):
     ) -> None:
         """``to[to_pages] = source[source_pages]`` for arrays of 4096-byte pages, as fast as this backend can."""
 
+    def go_back(self, slot: int, marks: Collection[int], source: NDArray[np.uint8], places: NDArray[np.int64]) -> int:
+        """Take the slot's dirty pages, as ``dirty_pages`` does, and give them, and those that ``marks`` numbers, what
+        they are to hold: ``source[places[page]]``. How many that were. All VCPUs stopped."""
+
     def memory_changed(self) -> None:
         """The host has written guest memory: drop what was derived from it (translated code). All VCPUs stopped."""
 
@@ -229,7 +241,7 @@ class Vm(Protocol):
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         """Read machine substates (irqchips, PIT, clock). Raises SubstateError."""
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> None:
         """Write machine substates. Raises SubstateError."""
 
     def close(self) -> None:

@@ -77,6 +77,9 @@ class PageStore:
     def put_back(self, index: Index) -> int:
         """Make RAM hold what ``index`` says; returns how many pages were copied."""
         assert self._base is not None, "an index comes from take()"
+        if index is self._base and not len(self._dirty) and not self._files:
+            self._draft = None
+            return self._memory.go_back(self._contents, index)
         pages = self._collect()
         if index is not self._base:
             pages = union(pages, np.flatnonzero(index != self._base))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvm.levels import WritebackLevel
-from kvm.x86 import msrs
+from kvm.x86 import msrs, tsc
 from kvm.x86.structs import (
     EVENT_VALID_NMI_PENDING,
     EVENT_VALID_SIPI_VECTOR,
@@ -54,7 +54,7 @@ def _clock_at(raw: bytes, level: WritebackLevel) -> bytes:
     return raw[:8].ljust(len(raw), b"\0")  # struct kvm_clock_data begins with it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Substate:
     """One row: a part of the state that one pair of ioctls moves.
 
@@ -99,6 +99,24 @@ def _msr_row(name: str, level: WritebackLevel, why: str, indices: Iterable[int])
     return Substate(name, "KVM_GET_MSRS", "KVM_SET_MSRS", level, why, pack_msrs(indices), counted=True)
 
 
+class Choice:
+    """Some rows, all at once: the same few choices come again and again."""
+
+    def __init__(self, rows: Iterable[Substate], skipped: tuple[str, ...] = ()) -> None:
+        """``skipped``: the names of those that were left alone."""
+        self.rows = tuple(rows)
+        self.names = tuple([row.name for row in self.rows])
+        self.skipped = skipped
+        self._differ = tuple([place for place, row in enumerate(self.rows) if row.at is not _whole])
+
+    def raws(self, copy: Mapping[str, bytes], level: WritebackLevel) -> list[bytes]:
+        """What of the copy is written at this level, row by row."""
+        raws = [copy[name] for name in self.names]
+        for place in self._differ:
+            raws[place] = self.rows[place].at(raws[place], level)
+        return raws
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of one host's VCPUs, in put order; ``get_order`` names the same rows as they are read."""
@@ -115,13 +133,30 @@ class Table:
         """The rows that must be written again after another."""
         return frozenset(name for row in self.put_order for name in row.then)
 
-    def up_to(self, level: WritebackLevel) -> tuple[Substate, ...]:
-        """What may be written at this level, in put order."""
-        return self._up_to[level]
+    def up_to(self, level: WritebackLevel, same: tuple[str, ...] = ()) -> Choice:
+        """What may be written at this level, in put order, but for the ``same``, which are left alone."""
+        choice = self._choices.get((level, same))
+        if choice is None:
+            allowed = [row for row in self.put_order if row.level <= level]
+            rows = [row for row in allowed if row.name not in same]
+            choice = Choice(rows, tuple(row.name for row in allowed if row.name in same))
+            self._choices[level, same] = choice
+        return choice
 
     @cached_property
-    def _up_to(self) -> dict[WritebackLevel, tuple[Substate, ...]]:
-        return {level: tuple(row for row in self.put_order if row.level <= level) for level in WritebackLevel}
+    def to_get(self) -> Choice:
+        """All that can be read, in get order."""
+        return Choice(self.get_order)
+
+    @cached_property
+    def tells_tsc(self) -> Choice | None:
+        """Where a VCPU's TSC and its offset stand; None where KVM has no offsets."""
+        return Choice(map(self.by_name.__getitem__, tsc.FOUND_IN)) if "tsc_offset" in self.by_name else None
+
+    @cached_property
+    def _choices(self) -> dict[tuple[WritebackLevel, tuple[str, ...]], Choice]:
+        """The same few come again and again."""
+        return {}
 
     @cached_property
     def ours(self) -> tuple[str, ...]:

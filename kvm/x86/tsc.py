@@ -28,8 +28,10 @@ def offsets(copies: Sequence[Mapping[str, bytes]], now: Mapping[str, bytes]) -> 
 
 
 def _tsc(copy: Mapping[str, bytes]) -> int:
-    entries = MSR_ENTRY.iter_unpack(copy["msrs_reset"][8:])
-    return next((value for index, value in entries if index == msrs.TSC), 0)
+    for index, value in MSR_ENTRY.iter_unpack(copy["msrs_reset"][8:]):
+        if index == msrs.TSC:
+            return value  # type: ignore[no-any-return]
+    return 0
 
 
 def _offset(copy: Mapping[str, bytes]) -> int:

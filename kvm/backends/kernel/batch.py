@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from kvm.backends.interface import Bell
-from kvm.backends.kernel.bell import FutexBell
+from kvm.backends.interface import Awaited, Bell
+from kvm.backends.kernel.bell import FutexBell, wait
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
 from kvm.errors import SubstateError
@@ -29,21 +29,27 @@ _EXTENDED = frozenset({"KVM_SET_XSAVE"})
 """A shorter one (saved where the state has fewer components) is filled up with zeros: those are in their init state."""
 
 
-class _Plan:
-    """The calls that get, or put, these rows with buffers of these sizes."""
+class KernelBatch(Generic[T]):
+    """See ``interface.Batch``. Made for its rows again and again, one time after the other: ``free`` in between."""
 
-    def __init__(self, rows: Sequence[Substate], sizes: list[int], *, put: bool, buffer: bytes = b"") -> None:
+    def __init__(
+        self,
+        fd: Fd,
+        rows: Sequence[Substate],
+        raws: Sequence[bytes],
+        finish: Callable[[KernelBatch[T]], T],
+        *,
+        put: bool,
+    ) -> None:
+        """``raws``: what the buffer holds at first; their sizes stay."""
         self.rows = tuple(rows)
-        self.sizes = sizes
         self.names = [_name(row, row.put if put else row.get) for row in rows]
-        ends = list(itertools.accumulate(sizes))
+        ends = list(itertools.accumulate(map(len, raws)))
         self.slices = list(zip([0, *ends], ends, strict=False))
-        self.heads = [
-            (place, buffer[start : start + 8])
-            for place, (start, _) in enumerate(self.slices)
-            if self.names[place] in _ENTRY_BYTES
-        ]
-        """Structs that a put has found to be as long as their counts say: their places, and the counts."""
+        self.held = list(raws)
+        """What a put's buffer holds: it's written there again where it's another object."""
+        self.entries = frozenset(place for place, name in enumerate(self.names) if name in _ENTRY_BYTES)
+        """Structs that a put has found to be as long as the counts in their first 8 bytes say."""
         self.calls = ffi.new("struct vd_call[]", len(rows))
         for call, row, name, (start, _) in zip(self.calls, rows, self.names, self.slices, strict=True):
             call.request = getattr(lib, name)
@@ -55,34 +61,52 @@ class _Plan:
                 | (put and row.tolerated and lib.VD_TOLERATED)
             )
         self.tolerated = [place for place, row in enumerate(rows) if put and row.tolerated]
-        self.templates = b"" if put else b"".join(row.template for row in rows)
-        self.buffer = ffi.new("char[]", max(8, ends[-1] if ends else 0))
+        self.joined = b"".join(raws)
+        self.buffer = ffi.new("char[]", max(8, len(self.joined)))
         self.view = ffi.buffer(self.buffer)
-
-
-class KernelBatch(Generic[T]):
-    """See ``interface.Batch``."""
-
-    def __init__(self, fd: Fd, plan: _Plan, buffer: Any, finish: Callable[[KernelBatch[T]], T]) -> None:
-        self.plan = plan
-        self.buffer = buffer
-        self.job = job = ffi.new("struct vd_job *")
-        job.fd = fd.number
-        job.count = len(plan.rows)
-        job.buffer = buffer
-        job.calls = plan.calls
+        where = {"fd": fd.number, "count": len(rows), "buffer": self.buffer, "calls": self.calls}
+        self.job = ffi.new("struct vd_job *", where)
+        self.answer = ffi.addressof(self.job.answer)
         self._finish = finish
+        self.free = True
+        """Can it be made ready again? Not while it may be under way still: who waited for it may have given up."""
         self.written: Callable[[], None] = _nothing
         """Called by ``outcome`` where all has gone well."""
+        self.fill()
+
+    def fill(self) -> None:
+        """What the buffer held at first."""
+        ffi.memmove(self.buffer, self.joined, len(self.joined))
+
+    def take(self, raws: Sequence[bytes]) -> bool:
+        """Put these into the buffer; False, and nothing is to be made of it, if one isn't as long as the one there."""
+        for place, (raw, before) in enumerate(zip(raws, self.held, strict=True)):
+            if raw is not before:
+                if len(raw) != len(before) or (place in self.entries and raw[:8] != before[:8]):
+                    return False
+                start, end = self.slices[place]
+                self.view[start:end] = raw
+                self.held[place] = raw
+        return True
+
+    def ready(self) -> KernelBatch[T]:
+        """It's to be made once more."""
+        self.free = False
+        self.answer.state = 0
+        return self
 
     def make(self) -> None:
         lib.vd_make(self.job)
 
-    def hand(self, bell: Bell) -> FutexBell | None:
+    def hand(self, bell: Bell) -> Awaited | None:
         assert isinstance(bell, FutexBell)
-        return FutexBell(ffi.addressof(self.job.answer)) if bell.hand(self) else None
+        return self if bell.hand(self) else None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return wait(self.answer, timeout)
 
     def outcome(self) -> T:
+        self.free = True
         return self._finish(self)
 
     @property
@@ -99,67 +123,66 @@ class Batches:
 
     def __init__(self, fd: Fd) -> None:
         self._fd = fd
-        self._gets: dict[tuple[int, ...], _Plan] = {}
-        self._puts: dict[tuple[int, ...], _Plan] = {}
+        self._gets: dict[tuple[Substate, ...], KernelBatch[list[bytes]]] = {}
+        self._puts: dict[tuple[Substate, ...], KernelBatch[tuple[SubstateError, ...]]] = {}
 
-    def getting(self, rows: Sequence[Substate]) -> KernelBatch[list[bytes]]:
-        """Reads the rows; its outcome is their bytes, in their order. Until it's made there must be no other get."""
-        key = tuple(map(id, rows))  # a plan holds its rows, so that an id stays theirs
-        plan = self._gets.get(key)
-        if plan is None:
-            plan = self._gets[key] = _Plan(rows, [len(row.template) for row in rows], put=False)
-        ffi.memmove(plan.buffer, plan.templates, len(plan.templates))
-        return KernelBatch(self._fd, plan, plan.buffer, self._got)
+    def getting(self, rows: tuple[Substate, ...]) -> KernelBatch[list[bytes]]:
+        """Reads the rows; its outcome is their bytes, in their order."""
+        batch = self._gets.get(rows)
+        if batch is None or not batch.free:
+            batch = KernelBatch(self._fd, rows, [row.template for row in rows], self._got, put=False)
+            self._gets[rows] = batch
+        batch.fill()
+        return batch.ready()
 
-    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> KernelBatch[tuple[SubstateError, ...]]:
+    def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> KernelBatch[tuple[SubstateError, ...]]:
         """Writes the rows in their order; its outcome is the failures that were tolerated.
 
         Raises SubstateError for a struct of the wrong size: none is written then.
         """
-        key = tuple([id(row) for row, _ in rows])
-        plan = self._puts.get(key)
-        sizes = [len(raw) for _, raw in rows]
-        # The usual case at a glance: all is as it was when this plan was made.
-        if plan is not None and sizes == plan.sizes and all(rows[place][1][:8] == head for place, head in plan.heads):
-            buffer = b"".join([raw for _, raw in rows])
-        elif all(self._fits(row, raw) for row, raw in rows):
-            buffer = b"".join([raw for _, raw in rows])
-            plan = self._puts[key] = _Plan([row for row, _ in rows], sizes, put=True, buffer=buffer)
-        else:
-            filled = [raw.ljust(len(row.template), b"\0") for row, raw in rows]
-            plan = _Plan([row for row, _ in rows], [len(raw) for raw in filled], put=True)
-            buffer = b"".join(filled)
-        return KernelBatch(self._fd, plan, ffi.from_buffer(buffer), self._put)
+        batch = self._puts.get(rows)
+        if batch is None or not batch.free or not batch.take(raws):
+            fits = [self._fits(row, raw) for row, raw in zip(rows, raws, strict=True)]
+            if not all(fits):
+                raws = [raw.ljust(len(row.template), b"\0") for row, raw in zip(rows, raws, strict=True)]
+            batch = self._puts[rows] = KernelBatch(self._fd, rows, raws, self._put, put=True)
+        return batch.ready()
 
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
         """The rows' bytes, in their order. Raises SubstateError."""
-        batch = self.getting(rows)
+        batch = self.getting(tuple(rows))
         batch.make()
         return batch.outcome()
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> tuple[SubstateError, ...]:
         """Write the rows in their order; the failures that were tolerated.
 
         Raises SubstateError, for a struct of the wrong size before any is written.
         """
-        batch = self.putting(rows)
+        batch = self.putting(tuple(rows), raws)
         batch.make()
         return batch.outcome()
 
     def _got(self, batch: KernelBatch[list[bytes]]) -> list[bytes]:
         self._check(batch)
-        view = batch.plan.view
-        return [view[start:end] for start, end in batch.plan.slices]
+        view = batch.view
+        return [view[start:end] for start, end in batch.slices]
 
     def _put(self, batch: KernelBatch[tuple[SubstateError, ...]]) -> tuple[SubstateError, ...]:
         self._check(batch)
         batch.written()
-        return self._tolerated(batch.plan, batch.job.done, ffi.buffer(batch.buffer)) if batch.plan.tolerated else ()
+        return self._tolerated(batch) if batch.tolerated else ()
 
     def _check(self, batch: KernelBatch[Any]) -> None:
-        job, plan = batch.job, batch.plan
-        if self._fd.traced or job.done < job.count:
-            self._after(plan, job.done, ffi.buffer(batch.buffer), job.thread)
+        """Trace it; raise what ended it half-way."""
+        done = batch.job.done
+        if self._fd.traced:
+            for row, name in zip(batch.rows[: done + 1], batch.names, strict=False):
+                self._fd.note(name, row.name, batch.job.thread)
+        if done < len(batch.rows):
+            error = self._failure(batch, done)
+            error.tolerated = self._tolerated(batch)
+            raise error
 
     def _fits(self, row: Substate, raw: bytes) -> bool:
         """Is this struct as long as the row's template? Raises SubstateError if the kernel would read past its end."""
@@ -174,45 +197,37 @@ class Batches:
             raise SubstateError(row.name, 0, ioctl, errno.EINVAL, vcpu=self._fd.vcpu, detail=detail)
         return same
 
-    def _after(self, plan: _Plan, done: int, buffer: Any, thread: int) -> None:
-        for row, name in zip(plan.rows[: done + 1], plan.names, strict=False):
-            self._fd.note(name, row.name, thread)
-        if done < len(plan.rows):
-            error = self._failure(plan, done, buffer)
-            error.tolerated = self._tolerated(plan, done, buffer)
-            raise error
+    def _tolerated(self, batch: KernelBatch[Any]) -> tuple[SubstateError, ...]:
+        made = [place for place in batch.tolerated if place < batch.job.done]
+        return tuple(self._failure(batch, place) for place in made if _failed(batch, place))
 
-    def _tolerated(self, plan: _Plan, done: int, buffer: Any) -> tuple[SubstateError, ...]:
-        made = [place for place in plan.tolerated if place < done]
-        return tuple(self._failure(plan, place, buffer) for place in made if _failed(plan, place, buffer))
-
-    def _failure(self, plan: _Plan, place: int, buffer: Any) -> SubstateError:
-        row, number, detail = plan.rows[place], plan.calls[place].error, ""
+    def _failure(self, batch: KernelBatch[Any], place: int) -> SubstateError:
+        row, number, detail = batch.rows[place], batch.calls[place].error, ""
         if row.counted and not number:
-            number, detail = errno.EINVAL, _refused_msr(buffer, plan, place)
-        return SubstateError(row.name, place, plan.names[place], number, vcpu=self._fd.vcpu, detail=detail)
+            number, detail = errno.EINVAL, _refused_msr(batch, place)
+        return SubstateError(row.name, place, batch.names[place], number, vcpu=self._fd.vcpu, detail=detail)
 
 
 def _nothing() -> None:
     pass
 
 
-def _failed(plan: _Plan, row: int, buffer: Any) -> bool:
-    call = plan.calls[row]
-    return bool(call.error or (plan.rows[row].counted and call.result < _listed(plan, row, buffer)))
+def _failed(batch: KernelBatch[Any], row: int) -> bool:
+    call = batch.calls[row]
+    return bool(call.error or (batch.rows[row].counted and call.result < _listed(batch, row)))
 
 
-def _listed(plan: _Plan, row: int, buffer: Any) -> int:
-    start = plan.slices[row][0]
-    return int.from_bytes(buffer[start : start + 4], "little")
+def _listed(batch: KernelBatch[Any], row: int) -> int:
+    start = batch.slices[row][0]
+    return int.from_bytes(batch.view[start : start + 4], "little")
 
 
-def _refused_msr(buffer: Any, plan: _Plan, row: int) -> str:
+def _refused_msr(batch: KernelBatch[Any], row: int) -> str:
     """KVM stops at the first MSR that it refuses, and tells only how many came before it."""
-    start, moved = plan.slices[row][0], plan.calls[row].result
-    listed = _listed(plan, row, buffer)
-    index, value = MSR_ENTRY.unpack_from(buffer, start + 8 + MSR_ENTRY.size * moved)
-    wanted = f" = {value:#x}" if plan.names[row] == "KVM_SET_MSRS" else ""
+    start, moved = batch.slices[row][0], batch.calls[row].result
+    listed = _listed(batch, row)
+    index, value = MSR_ENTRY.unpack_from(batch.view, start + 8 + MSR_ENTRY.size * moved)
+    wanted = f" = {value:#x}" if batch.names[row] == "KVM_SET_MSRS" else ""
     return f"MSR {index:#x}{wanted} refused, {moved} of {listed} moved"
 
 

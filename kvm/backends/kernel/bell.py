@@ -15,12 +15,24 @@ if TYPE_CHECKING:
     from kvm.backends.kernel.batch import KernelBatch
 
 
+def wait(state: Any, timeout: float | None = None) -> bool:
+    """``interface.Bell.wait`` for a struct vd_bell."""
+    if timeout is None:
+        while not lib.vd_bell_wait(state, -1):
+            """A signal: Python's handlers run here."""
+        return True
+    end = time.monotonic_ns() + int(timeout * 1e9)
+    while not lib.vd_bell_wait(state, max(end - time.monotonic_ns(), 0)):
+        if time.monotonic_ns() >= end:
+            return False
+    return True
+
+
 class FutexBell:
     """See ``interface.Bell``."""
 
-    def __init__(self, state: Any = None) -> None:
-        """``state``: a struct vd_bell that is there already."""
-        self._state = ffi.new("struct vd_bell *") if state is None else state
+    def __init__(self) -> None:
+        self._state = ffi.new("struct vd_bell *")
         self._handed: deque[KernelBatch[Any]] = deque(maxlen=3)
         """What the shim may still look at, whoever gives up waiting for it: the last two that were handed over, as it
         rings a job's bell when the next one can be handed over already, and the one that is about to be."""
@@ -29,17 +41,7 @@ class FutexBell:
         lib.vd_bell_ring(self._state)
 
     def wait(self, timeout: float | None = None) -> bool:
-        if timeout is None:
-            while not lib.vd_bell_wait(self._state, -1):
-                """A signal: Python's handlers run here."""
-            return True
-        end = time.monotonic() + timeout
-        while True:
-            nanoseconds = max(int((end - time.monotonic()) * 1e9), 0)
-            if lib.vd_bell_wait(self._state, nanoseconds):
-                return True
-            if nanoseconds == 0:
-                return False
+        return wait(self._state, timeout)
 
     def hand(self, batch: KernelBatch[Any]) -> bool:
         """Have whoever waits here make it, without the GIL. False while another one is under way."""

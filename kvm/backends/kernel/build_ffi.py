@@ -48,7 +48,7 @@ struct vd_call { uint64_t request; uint32_t offset; uint32_t flags; int32_t resu
 struct vd_sample { uint64_t sequence; int64_t time_ns; ...; };
 struct vd_vcpu;
 struct vd_job;
-struct vd_bell { struct vd_job *job; ...; };
+struct vd_bell { uint32_t state; struct vd_job *job; ...; };
 struct vd_job {
     struct vd_bell answer; int32_t fd; int32_t count; char *buffer; struct vd_call *calls;
     int64_t began_ns; int64_t ended_ns; uint64_t thread; int32_t done;
@@ -79,6 +79,8 @@ void vd_ring_release(struct vd_vcpu *v, int count);
 int64_t vd_dirty_pages(int fd, uint32_t slot, uint64_t *bitmap, int64_t words, int64_t *out);
 int64_t vd_copy_pages(char *to, const int64_t *to_pages, int64_t to_count, const char *from,
                       const int64_t *from_pages, int64_t from_count, int64_t n);
+int64_t vd_go_back(int fd, uint32_t slot, uint64_t *bitmap, int64_t count, const int64_t *marks, int64_t marked,
+                   char *to, const char *from, const int64_t *places, int64_t from_count);
 """
 
 _werror = os.environ.get("VMDECK_WERROR") == "1"

@@ -520,3 +520,34 @@ int64_t vd_copy_pages(char *to, const int64_t *to_pages, int64_t to_count, const
 	}
 	return n;
 }
+
+/*
+ * Take a slot's dirty log, and give its dirty pages, and those that `marks` numbers, the contents that `places` has for
+ * them: which of the `from_count` pages of `from`. Returns how many pages that were, or -errno: -ERANGE where a number
+ * is out of range, with the pages before it filled.
+ */
+int64_t vd_go_back(int fd, uint32_t slot, uint64_t *bitmap, int64_t count, const int64_t *marks, int64_t marked, char *to,
+		   const char *from, const int64_t *places, int64_t from_count)
+{
+	struct kvm_dirty_log log = { .slot = slot, .dirty_bitmap = bitmap };
+	int64_t filled = 0;
+	int result = vd_ioctl(fd, KVM_GET_DIRTY_LOG, &log);
+
+	if (result < 0)
+		return result;
+	for (int64_t i = 0; i < marked; i++) {
+		if (marks[i] < 0 || marks[i] >= count)
+			return -ERANGE;
+		bitmap[marks[i] / 64] |= UINT64_C(1) << marks[i] % 64;
+	}
+	for (int64_t word = 0; word < (count + 63) / 64; word++)
+		for (uint64_t bits = bitmap[word]; bits; bits &= bits - 1) {
+			int64_t page = word * 64 + __builtin_ctzll(bits);
+
+			if (page >= count || places[page] < 0 || places[page] >= from_count)
+				return -ERANGE;
+			memcpy(to + page * PAGE, from + places[page] * PAGE, PAGE);
+			filled++;
+		}
+	return filled;
+}

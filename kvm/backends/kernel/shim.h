@@ -93,5 +93,7 @@ void vd_ring_release(struct vd_vcpu *v, int count);
 int64_t vd_dirty_pages(int fd, uint32_t slot, uint64_t *bitmap, int64_t words, int64_t *out);
 int64_t vd_copy_pages(char *to, const int64_t *to_pages, int64_t to_count, const char *from,
 		      const int64_t *from_pages, int64_t from_count, int64_t n);
+int64_t vd_go_back(int fd, uint32_t slot, uint64_t *bitmap, int64_t count, const int64_t *marks, int64_t marked, char *to,
+		   const char *from, const int64_t *places, int64_t from_count);
 
 #endif

@@ -87,9 +87,9 @@ class KernelVcpuFd:
         self._check_owner()
         return self._batches.get(rows)
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> tuple[SubstateError, ...]:
         self._check_owner()
-        batch = self.putting(rows)
+        batch = self.putting(tuple(rows), raws)
         batch.make()
         return batch.outcome()
 
@@ -151,14 +151,13 @@ class KernelVcpuFd:
 
     # Anybody's
 
-    def getting(self, rows: Sequence[Substate]) -> KernelBatch[list[bytes]]:
+    def getting(self, rows: tuple[Substate, ...]) -> KernelBatch[list[bytes]]:
         return self._batches.getting(rows)
 
-    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> KernelBatch[tuple[SubstateError, ...]]:
-        batch = self._batches.putting(rows)
-        for row, raw in rows[-1:]:
-            if row.put == "KVM_SET_GUEST_DEBUG":  # always the last one
-                batch.written = functools.partial(self._debug_written, GuestDebug.from_buffer_copy(raw).control)
+    def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> KernelBatch[tuple[SubstateError, ...]]:
+        batch = self._batches.putting(rows, raws)
+        if rows and rows[-1].put == "KVM_SET_GUEST_DEBUG":  # always the last one
+            batch.written = functools.partial(self._debug_written, GuestDebug.from_buffer_copy(raws[-1]).control)
         return batch
 
     def _debug_written(self, control: int) -> None:

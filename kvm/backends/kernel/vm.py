@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,16 @@ class KernelVm:
     ) -> None:
         copy_pages(to, to_pages, source, source_pages)
 
+    def go_back(self, slot: int, marks: Collection[int], source: NDArray[np.uint8], places: NDArray[np.int64]) -> int:
+        at = self._slots[slot]
+        assert len(places) == len(at.numbers)
+        with self._lock:
+            count = lib.vd_go_back(
+                self._fd.number, slot, at.bitmap, len(places), list(marks), len(marks), at.view,
+                ffi.from_buffer(source), ffi.from_buffer("int64_t[]", places), len(source),
+            )  # fmt: skip
+            return self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
+
     def memory_changed(self) -> None:
         """Nothing to do: KVM's page tables follow the host's, and it keeps no translated code."""
 
@@ -166,9 +176,9 @@ class KernelVm:
         with self._lock:
             return self._batches.get(rows)
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> None:
         with self._lock:
-            self._batches.put(rows)
+            self._batches.put(rows, raws)
 
     def close(self) -> None:
         with self._draining:

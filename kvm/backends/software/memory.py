@@ -112,10 +112,25 @@ class Slots:
         return True
 
     def dirty_pages(self, number: int) -> NDArray[np.int64]:
+        return self._slot(number).dirty_pages()
+
+    def go_back(self, number: int, source: NDArray[np.uint8], places: NDArray[np.int64]) -> int:
+        """See ``interface.Vm``; what the host wrote is seen like what the guest did."""
+        slot = self._slot(number)
+        pages = slot.dirty_pages()
+        try:
+            slot.pages[pages] = source.view(np.uint64)[places[pages]]
+            slot.filled(pages)
+        except BaseException:
+            slot.backed[pages] = False  # they are dirty still
+            raise
+        return len(pages)
+
+    def _slot(self, number: int) -> Slot:
         slot = self._by_number.get(number)
         if slot is None:
             raise KvmError("KVM_GET_DIRTY_LOG", errno.ENOENT, detail=f"no slot {number}")
-        return slot.dirty_pages()
+        return slot
 
     def filled(self, pointer: int, pages: NDArray[np.int64]) -> None:
         """The host has written these pages of the memory that lies there, a slot's perhaps; KVM logs no such writes."""

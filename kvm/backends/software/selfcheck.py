@@ -68,7 +68,7 @@ def self_check(system: System) -> None:
         sregs = Sregs2.from_buffer_copy(bus.vcpu.get([rows["sregs"]])[0])
         sregs.cs.base = sregs.cs.selector = 0
         regs = Regs(rip=_ORIGIN, rsp=0x8000, rflags=2)
-        bus.vcpu.put([(rows["sregs"], bytes(sregs)), (rows["regs"], bytes(regs))])
+        bus.vcpu.put([rows["sregs"], rows["regs"]], [bytes(sregs), bytes(regs)])
         watchdog = threading.Timer(_LIMIT, bus.vcpu.kick)
         watchdog.start()
         ended = bus.vcpu.run(bus)

@@ -128,12 +128,12 @@ class SoftwareVcpu:
                 out.append(self.vm.system.move(row, row.get, len(out), self.index, _GET[row.get], self, row.template))
         return out
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> tuple[SubstateError, ...]:
         self._own()
         tolerated: tuple[SubstateError, ...] = ()
         with self.vm.scheduler.attention():
             try:
-                for moved, (row, raw) in enumerate(rows):
+                for moved, (row, raw) in enumerate(zip(rows, raws, strict=True)):
                     assert row.put is not None, row.name
                     try:
                         self.vm.system.move(row, row.put, moved, self.index, _PUT[row.put], self, raw)
@@ -146,11 +146,11 @@ class SoftwareVcpu:
                 self.engine.commit(flush=True)
         return tolerated
 
-    def getting(self, rows: Sequence[Substate]) -> Deferred[list[bytes]]:
+    def getting(self, rows: tuple[Substate, ...]) -> Deferred[list[bytes]]:
         return Deferred(lambda: self.get(rows))
 
-    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Deferred[tuple[SubstateError, ...]]:
-        return Deferred(lambda: self.put(rows))
+    def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> Deferred[tuple[SubstateError, ...]]:
+        return Deferred(lambda: self.put(rows, raws))
 
     def kvmclock_ctrl(self) -> None:
         """There is no kvmclock here."""

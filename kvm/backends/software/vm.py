@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -94,6 +94,13 @@ class SoftwareVm:
         to.reshape(-1, PAGE_SIZE)[to_pages] = source.reshape(-1, PAGE_SIZE)[source_pages]
         self.slots.filled(int(to.ctypes.data), to_pages)
 
+    def go_back(self, slot: int, marks: Collection[int], source: NDArray[np.uint8], places: NDArray[np.int64]) -> int:
+        self._note("KVM_GET_DIRTY_LOG")
+        with self.scheduler.attention():
+            count = self.slots.go_back(slot, source, places)
+        self.memory_changed()
+        return count
+
     def memory_changed(self) -> None:
         with self.scheduler.attention():
             for vcpu in self.vcpus:
@@ -130,9 +137,9 @@ class SoftwareVm:
                 out.append(self.system.move(row, row.get, len(out), None, function, row.template))
         return out
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> None:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> None:
         with self.scheduler.attention():
-            for moved, (row, raw) in enumerate(rows):
+            for moved, (row, raw) in enumerate(zip(rows, raws, strict=True)):
                 assert row.put is not None, row.name
                 function = {
                     "KVM_SET_IRQCHIP": self._put_irqchip,

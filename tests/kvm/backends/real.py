@@ -85,7 +85,7 @@ class Guest:
         self.bus.vcpu = self.vcpu
         cpuid = pack_cpuid(system.cpuid())
         for vcpu in self.vcpus:
-            vcpu.put([(self.table.by_name["cpuid"], cpuid)])
+            vcpu.put([self.table.by_name["cpuid"]], [cpuid])
         sregs = self.sregs()
         for name in ("cs", "ds", "es", "ss"):
             segment = getattr(sregs, name)
@@ -103,7 +103,7 @@ class Guest:
         return self.vcpu.get([self.table.by_name[name]])[0]
 
     def put(self, name: str, raw: bytes) -> None:
-        self.vcpu.put([(self.table.by_name[name], raw)])
+        self.vcpu.put([self.table.by_name[name]], [raw])
 
     def regs(self) -> Regs:
         return Regs.from_buffer_copy(self.get("regs"))

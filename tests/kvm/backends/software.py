@@ -205,7 +205,7 @@ class Guest:
         return self.vcpus[vcpu].get([self.table.by_name[name]])[0]
 
     def put(self, vcpu: int, **rows: object) -> None:
-        self.vcpus[vcpu].put([(self.table.by_name[name], bytes(value)) for name, value in rows.items()])  # type: ignore[call-overload]
+        self.vcpus[vcpu].put([self.table.by_name[name] for name in rows], [bytes(value) for value in rows.values()])  # type: ignore[call-overload]
 
     def regs(self, vcpu: int = 0) -> Regs:
         return Regs.from_buffer_copy(self.get(vcpu, "regs"))

@@ -55,7 +55,8 @@ def test_every_row_comes_back_as_it_was_put(guest: Guest) -> None:
     first = dict(zip(rows, guest.vcpu.get(rows), strict=True))
     for row, raw in first.items():
         assert len(raw) == len(row.template), row.name
-    guest.vcpu.put([(row, first[row]) for row in guest.table.put_order if row in first])
+    order = [row for row in guest.table.put_order if row in first]
+    guest.vcpu.put(order, [first[row] for row in order])
     for row, raw in zip(rows, guest.vcpu.get(rows), strict=True):
         assert _settled(row, raw) == _settled(row, first[row]), row.name
 
@@ -69,7 +70,7 @@ def test_a_batch_handed_over_is_made_by_the_thread_that_waits(guest: Guest) -> N
 
     thread = threading.Thread(target=wait)
     thread.start()
-    rows = [guest.table.by_name[name] for name in ("regs", "sregs")]
+    rows = tuple(guest.table.by_name[name] for name in ("regs", "sregs"))
     expected = guest.vcpu.get(rows)
     for number in range(2000):
         if number % 20 == 0:  # a ring among the jobs is heard as a ring
@@ -91,11 +92,11 @@ def test_a_batch_handed_over_needs_no_turn_of_the_interpreter(guest: Guest) -> N
     thread = threading.Thread(target=bell.wait)
     thread.start()
     patience = sys.getswitchinterval()
-    first = guest.vcpu.getting([guest.table.by_name["regs"]])
+    first = guest.vcpu.getting((guest.table.by_name["regs"],))
     there = first.hand(bell)
     assert there is not None
     assert there.wait(20)
-    batch = guest.vcpu.getting([guest.table.by_name["regs"]])
+    batch = guest.vcpu.getting((guest.table.by_name["regs"],))
     try:
         sys.setswitchinterval(1000)  # this thread keeps the GIL from here on
         assert batch.hand(bell)
@@ -111,7 +112,7 @@ def test_a_batch_handed_over_needs_no_turn_of_the_interpreter(guest: Guest) -> N
 
 
 def test_one_batch_at_a_time_is_handed_over(guest: Guest) -> None:
-    bell, rows = guest.vcpu.bell(), [guest.table.by_name["regs"]]
+    bell, rows = guest.vcpu.bell(), (guest.table.by_name["regs"],)
     first, second = guest.vcpu.getting(rows), guest.vcpu.getting(rows)
     answer = first.hand(bell)
     assert answer is not None
@@ -125,10 +126,37 @@ def test_one_batch_at_a_time_is_handed_over(guest: Guest) -> None:
     assert first.outcome() == second.outcome() == guest.vcpu.get(rows)
 
 
+def test_a_batch_that_was_given_up_is_left_alone(guest: Guest) -> None:
+    """It may be under way still: what comes after it has a buffer of its own."""
+    rows = (guest.table.by_name["regs"],)
+    given_up = guest.vcpu.putting(rows, [bytes(Regs(rax=1, rflags=2))])
+    later = guest.vcpu.putting(rows, [bytes(Regs(rax=2, rflags=2))])
+    given_up.make()
+    assert guest.regs().rax == 1
+    later.make()
+    later.outcome()
+    assert guest.regs().rax == 2
+    assert guest.vcpu.putting(rows, [bytes(Regs(rax=3, rflags=2))]) is later, "it's made again"
+
+
+def test_a_struct_of_a_wrong_size_spoils_no_later_put(guest: Guest) -> None:
+    by_name = guest.table.by_name
+    rows = [by_name["regs"], by_name["msrs"]]
+    good, other = bytes(Regs(rax=1, rflags=2)), bytes(Regs(rax=2, rflags=2))
+    msrs = guest.get("msrs")
+    guest.vcpu.put(rows, [good, msrs])
+    for bad in (msrs[:-16], (len(msrs) // 16 + 1).to_bytes(8, "little") + msrs[8:]):
+        with pytest.raises(SubstateError):
+            guest.vcpu.put(rows, [other, bad])
+        assert guest.regs().rax == 1
+        guest.vcpu.put(rows, [good, msrs])
+        assert (guest.regs().rax, guest.get("msrs")) == (1, msrs)
+
+
 def test_a_batch_is_kept_from_before_it_is_handed_over(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-c may come as soon as the shim has it, and then nobody else keeps it."""
     bell = guest.vcpu.bell()
-    batch = guest.vcpu.getting([guest.table.by_name["regs"]])
+    batch = guest.vcpu.getting((guest.table.by_name["regs"],))
     kept = weakref.ref(batch)
 
     class Interrupted:
@@ -167,13 +195,9 @@ def test_a_vcpu_thread_is_a_batch_thread_unless_it_was_given_another_policy(gues
 
 def test_a_batch_writes_each_row_its_own_bytes(guest: Guest) -> None:
     by_name = guest.table.by_name
-    guest.vcpu.put(
-        [
-            (by_name["regs"], bytes(Regs(rbx=0x1122334455667788, rip=0x42, rflags=2))),
-            (replace(by_name["msrs"], template=pack_msrs([LSTAR])), pack_msrs({LSTAR: 0xAAAA, CSTAR: 0xBBBB})),
-            (by_name["mp_state"], (3).to_bytes(4, "little")),
-        ]
-    )
+    regs, msrs = bytes(Regs(rbx=0x1122334455667788, rip=0x42, rflags=2)), pack_msrs({LSTAR: 0xAAAA, CSTAR: 0xBBBB})
+    rows = [by_name["regs"], replace(by_name["msrs"], template=pack_msrs([LSTAR])), by_name["mp_state"]]
+    guest.vcpu.put(rows, [regs, msrs, (3).to_bytes(4, "little")])
     mp_state, regs, values = guest.vcpu.get([by_name["mp_state"], by_name["regs"], by_name["msrs"]])
     assert mp_state == b"\3\0\0\0"
     assert Regs.from_buffer_copy(regs).rbx == 0x1122334455667788
@@ -183,7 +207,7 @@ def test_a_batch_writes_each_row_its_own_bytes(guest: Guest) -> None:
 
 def test_an_empty_batch(guest: Guest) -> None:
     assert guest.vcpu.get([]) == []
-    guest.vcpu.put([])
+    guest.vcpu.put([], [])
 
 
 def test_the_machines_own_substates(guest: Guest) -> None:
@@ -194,7 +218,7 @@ def test_the_machines_own_substates(guest: Guest) -> None:
     pit.channels[2].count = 0x1234
     by_name = {row.name: row for row in rows}
     far = ClockData(clock=10**15)
-    guest.vm.put([(by_name["pit"], bytes(pit)), (by_name["clock"], bytes(far))])
+    guest.vm.put([by_name["pit"], by_name["clock"]], [bytes(pit), bytes(far)])
     again, clock = guest.vm.get([by_name["pit"], by_name["clock"]])
     assert PitState2.from_buffer_copy(again).channels[2].count == 0x1234
     assert ClockData.from_buffer_copy(clock).clock >= 10**15
@@ -211,9 +235,9 @@ def test_an_msr_that_the_kernel_refuses_is_named(guest: Guest, how: str) -> None
     wanted = pack_msrs({LSTAR: 0x77, NO_MSR: 0x55, SYSENTER_CS: 0x66})
     row = replace(by_name["msrs"], template=wanted)
     state = guest.get("mp_state")
-    put = [(before, bytes(Regs(rax=0x99, rflags=2))), (row, wanted), (after, (3).to_bytes(4, "little"))]
+    rows, raws = [before, row, after], [bytes(Regs(rax=0x99, rflags=2)), wanted, (3).to_bytes(4, "little")]
     with pytest.raises(SubstateError) as failed:
-        _ = guest.vcpu.get([before, row, after]) if how == "get" else guest.vcpu.put(put)  # type: ignore[func-returns-value]
+        _ = guest.vcpu.get(rows) if how == "get" else guest.vcpu.put(rows, raws)  # type: ignore[func-returns-value]
     error = failed.value
     assert (error.substate, error.moved, error.vcpu) == ("msrs", 1, 0)
     assert error.ioctl == ("KVM_GET_MSRS" if how == "get" else "KVM_SET_MSRS")
@@ -244,7 +268,7 @@ def test_a_struct_too_short_is_refused_before_anything_is_written(guest: Guest) 
         ("msrs", b""),
     ):
         with pytest.raises(SubstateError) as failed:
-            guest.vcpu.put([(by_name["regs"], bytes(Regs(rax=1, rflags=2))), (by_name[name], raw)])
+            guest.vcpu.put([by_name["regs"], by_name[name]], [bytes(Regs(rax=1, rflags=2)), raw])
         assert (failed.value.substate, failed.value.moved) == (name, 0)
     assert guest.get("regs") == regs
 
@@ -254,7 +278,7 @@ def test_an_xsave_area_from_a_smaller_processor_is_filled_up(guest: Guest) -> No
     raw = bytearray(guest.get("xsave"))
     raw[160:168] = b"vmdeck!!"  # XMM0
     raw[512:520] = (3).to_bytes(8, "little")  # XSTATE_BV: x87 and SSE
-    guest.vcpu.put([(row, bytes(raw[:1024]))])
+    guest.vcpu.put([row], [bytes(raw[:1024])])
     assert guest.get("xsave")[160:168] == b"vmdeck!!"
 
 
@@ -265,17 +289,17 @@ def test_numbers_by_value_and_tolerated_failures(guest: Guest) -> None:
     )  # fmt: skip
     (khz,) = guest.vcpu.get([row])
     assert int.from_bytes(khz, "little") > 100_000
-    assert guest.vcpu.put([(row, khz)]) == ()
+    assert guest.vcpu.put([row], [khz]) == ()
     impossible = (1).to_bytes(4, "little")
-    regs = (guest.table.by_name["regs"], bytes(Regs(rax=0x5555, rflags=2)))
-    (error,) = guest.vcpu.put([(row, impossible), regs])
+    regs, raw = guest.table.by_name["regs"], bytes(Regs(rax=0x5555, rflags=2))
+    (error,) = guest.vcpu.put([row, regs], [impossible, raw])
     assert (error.substate, error.ioctl, error.symbol) == ("tsc_khz", "KVM_SET_TSC_KHZ", "EINVAL")
     assert guest.regs().rax == 0x5555
     with pytest.raises(SubstateError, match="tsc_khz"):
-        guest.vcpu.put([(replace(row, tolerated=False), impossible)])
-    events = (guest.table.by_name["events"], bytes(VcpuEvents(flags=0x80000000)))
+        guest.vcpu.put([replace(row, tolerated=False)], [impossible])
+    events, bad = guest.table.by_name["events"], bytes(VcpuEvents(flags=0x80000000))
     with pytest.raises(SubstateError, match="events") as failed:
-        guest.vcpu.put([regs, (row, impossible), events, (row, impossible)])
+        guest.vcpu.put([regs, row, events, row], [raw, impossible, bad, impossible])
     assert failed.value.moved == 2
     assert [each.substate for each in failed.value.tolerated] == ["tsc_khz"]
 
@@ -292,13 +316,13 @@ def test_the_tsc_offset_is_a_device_attribute_behind_a_pointer(guest: Guest) -> 
     regs = guest.table.by_name["regs"]
     raw = guest.vcpu.get([replace(row, template=b"unwritten"[:8]), regs])[0]
     assert raw != b"unwritten"[:8]
-    guest.vcpu.put([(row, raw), (regs, bytes(Regs(rax=0x77, rflags=2)))])
+    guest.vcpu.put([row, regs], [raw, bytes(Regs(rax=0x77, rflags=2))])
     assert (guest.get("tsc_offset"), guest.regs().rax) == (raw, 0x77)
 
 
 def test_a_tolerated_partial_msr_put_names_the_msr(guest: Guest) -> None:
     row = replace(guest.table.by_name["msrs"], tolerated=True)
-    (error,) = guest.vcpu.put([(row, pack_msrs({0xC0000081: 5, 0xC0000082: 1 << 63}))])
+    (error,) = guest.vcpu.put([row], [pack_msrs({0xC0000081: 5, 0xC0000082: 1 << 63})])
     assert error.symbol == "EINVAL"
     assert "MSR 0xc0000082 = 0x8000000000000000 refused, 1 of 2 moved" in str(error)
 
@@ -314,7 +338,7 @@ def test_another_thread_may_not_touch_the_state(guest: Guest) -> None:
     def intrude() -> None:
         attempts: tuple[Callable[[], object], ...] = (
             lambda: guest.vcpu.get([row]),
-            lambda: guest.vcpu.put([(row, raw)]),
+            lambda: guest.vcpu.put([row], [raw]),
             lambda: guest.vcpu.run(guest.bus),
             lambda: guest.vm.nmi(guest.vcpu),
         )
@@ -343,7 +367,7 @@ def test_the_trace_has_every_ioctl_its_thread_and_its_vcpu(guest: Guest) -> None
     trace: list[IoctlTrace] = []
     guest.system.trace = trace
     raw = guest.vcpu.get(rows)
-    guest.vcpu.put(list(zip(rows, raw, strict=True)))
+    guest.vcpu.put(rows, raw)
     guest.vm.irq_line(3, False)
     guest.vm.get(machine_table(guest.system.caps)[:1])
     guest.run()
@@ -390,9 +414,35 @@ def test_dirty_pages_of_two_slots(guest: Guest) -> None:
     assert guest.vm.dirty_pages(0).tolist() == [3, 5]  # caught again after they were taken
 
 
+def test_going_back_fills_what_is_dirty_or_marked(guest: Guest) -> None:
+    guest.vm.set_memory(0, 0, guest.memory, log_dirty=True)
+    code = bytes.fromhex("a2 00 50 a2 00 30") + STOP  # mov [0x5000], al; mov [0x3000], al
+    guest.memory[0x1000 : 0x1000 + len(code)] = code
+    guest.run()
+    pages = len(guest.memory) // PAGE_SIZE
+    source = np.repeat(np.arange(4, dtype=np.uint8), PAGE_SIZE).reshape(4, PAGE_SIZE)
+    places = np.arange(pages) % 4
+    before = bytes(guest.memory)
+    assert guest.vm.go_back(0, {5, 6, pages - 1}, source, places) == 4
+    for page in range(pages):
+        now = guest.memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+        filled = page in (3, 5, 6, pages - 1)
+        assert now == (bytes([page % 4]) * PAGE_SIZE if filled else before[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
+    assert guest.vm.go_back(0, (), source, places) == 0
+    for marks, bad in (({pages}, places), ({-1}, places), ({2}, places + 2), ({0}, places - 1)):
+        with pytest.raises(KvmError, match="ERANGE"):
+            guest.vm.go_back(0, marks, source, bad)
+
+
 def test_a_log_that_was_never_asked_for(guest: Guest) -> None:
-    with pytest.raises(KvmError, match=r"KVM_GET_DIRTY_LOG \(slot 0\)"):
-        guest.vm.dirty_pages(0)
+    for ask in (
+        lambda: guest.vm.dirty_pages(0),
+        lambda: guest.vm.go_back(
+            0, (), np.zeros((1, PAGE_SIZE), np.uint8), np.zeros(len(guest.memory) // PAGE_SIZE, np.int64)
+        ),
+    ):
+        with pytest.raises(KvmError, match=r"KVM_GET_DIRTY_LOG \(slot 0\)"):
+            ask()
 
 
 def test_writes_to_read_only_memory_go_to_the_bus(guest: Guest) -> None:

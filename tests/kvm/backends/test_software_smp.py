@@ -237,7 +237,7 @@ def test_a_control_word_stops_the_pit_in_a_saved_state_too(make: Make, control: 
     rows = [row for row in guest.machine_rows if row.name == "pit"]
     saved = guest.vm.get(rows)
     copy = make(".code32\n mov $0x10, %al; out %al, $0x40; out %al, $0x40; out %al, $0xf4", "protected")
-    copy.vm.put([(row, raw) for row, raw in zip(rows, saved, strict=True)])
+    copy.vm.put(rows, saved)
     assert (guest.vm._pit.due, copy.vm._pit.due) == (None, None)  # type: ignore[attr-defined]
     copy.run()
     assert copy.vm._pit.due is not None, "a count starts it"  # type: ignore[attr-defined]
@@ -547,11 +547,11 @@ def test_a_copy_of_the_machine_goes_on_like_the_original(make: Make, after: int)
         values = dict(
             zip((row.name for row in one.table.get_order), one.vcpus[index].get(one.table.get_order), strict=True)
         )
-        rows = [(row, values[row.name]) for row in copy.table.put_order if row.name in values]
-        copy.vcpus[index].put([(row, raw) for row, raw in rows if row.name != OFFSET])
+        rows = [row for row in copy.table.put_order if row.name in values and row.name != OFFSET]
+        copy.vcpus[index].put(rows, [values[row.name] for row in rows])
     machine = one.vm.get(one.machine_rows)
-    rows = zip(copy.machine_rows, machine, strict=True)
-    copy.vm.put([(row, row.at(raw, row.level)) for row, raw in rows])
+    raws = [row.at(raw, row.level) for row, raw in zip(copy.machine_rows, machine, strict=True)]
+    copy.vm.put(copy.machine_rows, raws)
     assert _outcome(copy) == _outcome(one), "nothing is lost on the way"
     _run_to_the_end(one)
     _run_to_the_end(copy)

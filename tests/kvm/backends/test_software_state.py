@@ -65,11 +65,11 @@ def test_every_substate_comes_back_as_it_was_put(make: Make, mode: str) -> None:
     for index in range(2):
         rows = guest.table.get_order
         first = guest.vcpus[index].get(rows)
-        guest.vcpus[index].put(list(zip(rows, first, strict=True)))
+        guest.vcpus[index].put(rows, first)
         assert guest.vcpus[index].get(rows) == first
     machine = guest.vm.get(guest.machine_rows)
-    rows = zip(guest.machine_rows, machine, strict=True)
-    guest.vm.put([(row, row.at(raw, row.level)) for row, raw in rows])
+    raws = [row.at(raw, row.level) for row, raw in zip(guest.machine_rows, machine, strict=True)]
+    guest.vm.put(guest.machine_rows, raws)
     assert guest.vm.get(guest.machine_rows) == machine
 
 
@@ -263,7 +263,7 @@ def test_a_bad_msr_in_the_middle_is_named_and_ends_the_list(make: Make) -> None:
     guest = make()
     row = guest.table.by_name["msrs"]
     with pytest.raises(SubstateError, match=r"0x12345 = 0x77") as caught:
-        guest.vcpus[0].put([(row, pack_msrs({0x174: 1, 0x12345: 0x77, 0x175: 2}))])
+        guest.vcpus[0].put([row], [pack_msrs({0x174: 1, 0x12345: 0x77, 0x175: 2})])
     assert caught.value.errno == errno.EINVAL
     assert (guest.msrs()[0x174], guest.msrs()[0x175]) == (1, 0), "those before it were written, those after not"
 
@@ -271,9 +271,9 @@ def test_a_bad_msr_in_the_middle_is_named_and_ends_the_list(make: Make) -> None:
 def test_a_failing_row_says_how_many_went_before(make: Make) -> None:
     guest = make()
     rows = guest.table.by_name
-    good = (rows["regs"], bytes(Regs(rip=0x55, rflags=2)))
+    good, bad = bytes(Regs(rip=0x55, rflags=2)), bytes(MpState(9))
     with pytest.raises(SubstateError) as caught:
-        guest.vcpus[0].put([good, (rows["mp_state"], bytes(MpState(9))), (rows["regs"], bytes(Regs(rip=1)))])
+        guest.vcpus[0].put([rows["regs"], rows["mp_state"], rows["regs"]], [good, bad, bytes(Regs(rip=1))])
     assert caught.value.moved == 1
     assert guest.regs().rip == 0x55
 
@@ -319,7 +319,7 @@ def test_the_clock_is_set_and_neither_tsc_nor_apic_timer_notice(make: Make) -> N
     (clock_row,) = [row for row in guest.machine_rows if row.name == "clock"]
     guest.put(0, lapic=_with_timer(guest, 100_000))
     before = [guest.get(0, "lapic"), guest.get(0, "msrs_reset")]
-    guest.vm.put([(clock_row, bytes(ClockData(clock=123_456_789)))])
+    guest.vm.put([clock_row], [bytes(ClockData(clock=123_456_789))])
     assert ClockData.from_buffer_copy(guest.vm.get([clock_row])[0]).clock == 123_456_789
     assert [guest.get(0, "lapic"), guest.get(0, "msrs_reset")] == before
 

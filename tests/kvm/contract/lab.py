@@ -204,13 +204,13 @@ class FaultyFd:
         return getattr(self._fd, name)
 
     def get(self, rows: Sequence[Substate]) -> list[bytes]:
-        return [self._move(place, row, row.get, self._fd.get, row)[0] for place, row in enumerate(rows)]
+        return [self._move(place, row, row.get, self._fd.get, [row])[0] for place, row in enumerate(rows)]
 
-    def put(self, rows: Sequence[tuple[Substate, bytes]]) -> tuple[SubstateError, ...]:
+    def put(self, rows: Sequence[Substate], raws: Sequence[bytes]) -> tuple[SubstateError, ...]:
         tolerated: tuple[SubstateError, ...] = ()
-        for place, (row, raw) in enumerate(rows):
+        for place, (row, raw) in enumerate(zip(rows, raws, strict=True)):
             try:
-                tolerated += self._move(place, row, row.put, self._fd.put, (row, raw)) or ()
+                tolerated += self._move(place, row, row.put, self._fd.put, [row], [raw]) or ()
             except SubstateError as error:
                 if not row.tolerated:
                     error.tolerated = tolerated
@@ -218,18 +218,18 @@ class FaultyFd:
                 tolerated += (error,)
         return tolerated
 
-    def getting(self, rows: Sequence[Substate]) -> Deferred[list[bytes]]:
+    def getting(self, rows: tuple[Substate, ...]) -> Deferred[list[bytes]]:
         return Deferred(lambda: self.get(rows))
 
-    def putting(self, rows: Sequence[tuple[Substate, bytes]]) -> Deferred[tuple[SubstateError, ...]]:
-        return Deferred(lambda: self.put(rows))
+    def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> Deferred[tuple[SubstateError, ...]]:
+        return Deferred(lambda: self.put(rows, raws))
 
-    def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], what: Any) -> Any:
+    def _move(self, place: int, row: Substate, ioctl: str | None, move: Callable[..., Any], *what: Any) -> Any:
         assert ioctl is not None
         if number := self._fault(ioctl, row.name, self._index):
             raise SubstateError(row.name, place, ioctl, number, vcpu=self._index)
         try:
-            return move([what])
+            return move(*what)
         except SubstateError as error:
             error.moved = place
             raise

@@ -211,7 +211,7 @@ def test_bug_04_a_reset_keeps_what_only_the_kernel_knows(system: System, tmp_pat
         vcpu = machine.vcpus[0]
         row = machine.table.by_name["msrs"]
         by_guest = pack_msrs({**unpack_msrs(vcpu.run_on(lambda: vcpu.fd.get([row]))[0]), STAR: 0x1234_5678_0000_0000})
-        vcpu.run_on(lambda: vcpu.fd.put([(row, by_guest)]))  # stands for the guest's WRMSR
+        vcpu.run_on(lambda: vcpu.fd.put([row], [by_guest]))  # stands for the guest's WRMSR
         if guarded:
             sync.cpu_synchronize_all_states(machine.vcpus, ledger=machine.ledger, caller="test")
         else:
@@ -349,16 +349,12 @@ def do_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     def post(vcpu: Vcpu, work: Callable[[], Any]) -> Reply[Any]:
         if vcpu.running or work == vcpu._step:
             return real(vcpu, work)
-        reply: Reply[Any] = Reply(vcpu.index, vcpu.fd.bell())
         result = work()
-        reply.deliver(lambda: result)
-        return reply
+        return Reply(vcpu.index, None, lambda: result)
 
     def make(vcpu: Vcpu, batch: Any) -> Reply[Any]:
         batch.make()
-        made: Reply[Any] = Reply(vcpu.index, vcpu.fd.bell())
-        made.deliver(batch.outcome)
-        return made
+        return Reply(vcpu.index, None, batch.outcome)
 
     monkeypatch.setattr(Vcpu, "post", post)
     monkeypatch.setattr(Vcpu, "make", make)
@@ -369,7 +365,7 @@ def test_bug_07_an_ioctl_from_another_thread_is_refused(system: System, tmp_path
         vcpu = machine.vcpus[0]
         row = machine.table.by_name["regs"]
         with pytest.raises(AssertionError, match="VCPU 0 belongs to"):
-            vcpu.fd.put([(row, vcpu.copy["regs"])])
+            vcpu.fd.put([row], [vcpu.copy["regs"]])
         with pytest.raises(AssertionError, match="VCPU 0 belongs to"):
             vcpu.fd.get([row])
 
@@ -419,7 +415,7 @@ OFFSETS_AS_OTHERS_HAD_THEM: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 def each_by_itself(vcpus: Any, level: Any, reading: Any) -> Any:
     """The offsets as they were saved, on a host whose TSC is another by now."""
-    return sync._on_all(vcpus, lambda vcpu: sync._put(vcpu, level))
+    return [sync._put(vcpu, level) for vcpu in vcpus]
 
 
 @pytest.mark.parametrize("how", ["reset", "load", "restore", "into another machine"])
@@ -483,7 +479,7 @@ def read_tsc(machine: Machine, vcpu: int) -> int:
 
 def write_tsc(machine: Machine, vcpu: int, value: int) -> None:
     row, fd = machine.table.by_name["msrs_reset"], machine.vcpus[vcpu].fd
-    machine.vcpus[vcpu].run_on(lambda: fd.put([(row, pack_msrs({msrs.TSC: value}))]))
+    machine.vcpus[vcpu].run_on(lambda: fd.put([row], [pack_msrs({msrs.TSC: value})]))
 
 
 # 9: VCPUs resumed before the clock is set
@@ -513,16 +509,17 @@ def clock_last(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     vm, resume, held = machine._vm, machine._resume, []
     real_put = vm.put
 
-    def put(rows: Any) -> None:
-        held.extend(pair for pair in rows if pair[0].name == "clock")
-        real_put([pair for pair in rows if pair[0].name != "clock"])
+    def put(rows: Any, raws: Any) -> None:
+        clock = [row.name for row in rows].index("clock")
+        held.append((rows[clock:][:1], raws[clock:][:1]))
+        real_put(rows[:clock] + rows[clock + 1 :], raws[:clock] + raws[clock + 1 :])
 
     def resume_first() -> None:
         resume()
         makes_progress(machine)
         for vcpu in machine.vcpus:
             vcpu.stop().outcome()()
-        real_put(held)
+        real_put(*held.pop())
         resume()
 
     monkeypatch.setattr(vm, "put", put)

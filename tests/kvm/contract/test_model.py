@@ -502,8 +502,8 @@ def test_many_random_interleavings() -> None:
 def clear_dirty_before_the_put(monkeypatch: pytest.MonkeyPatch) -> None:
     real = sync._put
 
-    def early(vcpu: Any, level: Any) -> Any:
-        finish = real(vcpu, level)
+    def early(vcpu: Any, *how: Any) -> Any:
+        finish = real(vcpu, *how)
         vcpu.dirty = False
         return finish
 
@@ -514,9 +514,9 @@ def write_all_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """As QEMU does: what didn't change, too."""
     real = sync._put
 
-    def put(vcpu: Any, level: Any) -> Any:
+    def put(vcpu: Any, *how: Any) -> Any:
         write_all(vcpu)
-        return real(vcpu, level)
+        return real(vcpu, *how)
 
     monkeypatch.setattr(sync, "_put", put)
 

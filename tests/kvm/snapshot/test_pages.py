@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule
 
+from kvm.backends.interface import PAGE_SIZE
 from kvm.backends.software.system import SoftwareSystem
 from kvm.errors import MachineError
 from kvm.memory import Memory
@@ -60,6 +63,14 @@ class Store(RuleBasedStateMachine):
         self.store.put_back(index)
         assert self.ram() == ram
         return multiple()
+
+    @rule(target=kept, checkpoint=kept)
+    def a_failed_put_back_loses_nothing(self, checkpoint: tuple[pages.Index, bytes]) -> object:
+        real, self.store._contents = self.store._contents, np.empty((0, PAGE_SIZE), np.uint8)
+        with suppress(IndexError):
+            self.store.put_back(checkpoint[0])
+        self.store._contents = real
+        return self.put_back(checkpoint)
 
     @rule(checkpoint=consumes(kept))
     def forget(self, checkpoint: tuple[pages.Index, bytes]) -> None:
