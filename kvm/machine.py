@@ -563,9 +563,8 @@ class Machine:
         self._ran = True
         self._set_status(Status(Phase.RUNNING))
         with self._orders:
-            replies = [vcpu.resume() for vcpu in self.vcpus]
-        for reply in replies:
-            reply.outcome()
+            for vcpu in self.vcpus:
+                vcpu.resume()
 
     def _stop_all(self) -> float:
         """Stop every VCPU; the skew between the first and the last, in microseconds. Status stays as it is."""

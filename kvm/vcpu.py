@@ -150,16 +150,6 @@ class Vcpu:
 
     def post(self, work: Callable[[], T]) -> Reply[T]:
         """Have the VCPU's thread do this, soon; doesn't wait. From any thread."""
-        reply = self._mail(work)
-        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. One that is to
-        # run and still waits has been rung, and looks here first; a ring too many would cost it a turn of the GIL.
-        if self.running:
-            self.fd.kick()
-        else:
-            self._bell.ring()
-        return reply
-
-    def _mail(self, work: Callable[[], T]) -> Reply[T]:
         bell = self.fd.bell()
         reply: Reply[T] = Reply(self.index, bell)
 
@@ -171,6 +161,12 @@ class Vcpu:
             bell.ring()
 
         self._mailbox.put(job)
+        # In this order: either the thread, about to run the guest, sees the job, or we see that it runs. One that is to
+        # run and still waits has been rung, and looks here first; a ring too many would cost it a turn of the GIL.
+        if self.running:
+            self.fd.kick()
+        else:
+            self._bell.ring()
         return reply
 
     def make(self, batch: Batch[T]) -> Reply[T]:
@@ -194,19 +190,14 @@ class Vcpu:
             return work()
         return self.post(work).outcome()()
 
-    def resume(self) -> Reply[None]:
-        """Let the guest run: whoever holds the machine's lock. It counts as running from here on; the answer comes when
-        its thread has done what it was asked for before, and sees that."""
-        ran = self.running
+    def resume(self) -> None:
+        """Let the guest run: whoever holds the machine's lock. It counts as running from here on. Doesn't wait until it
+        does: where VCPUs are more than cores, its thread gets its turn behind the guests of others."""
         self.stop_reason = ""
         self._resumed = True
         self._asked = None
         self._runs += 1
-        reply = self._mail(lambda: None)
         self._bell.ring()
-        if ran:  # else it isn't in the guest: a kick would only have it enter twice
-            self.fd.kick()
-        return reply
 
     def stop(self) -> Reply[int]:
         """Stop the guest, unless it is let run on meanwhile; the answer is when it stood, CLOCK_MONOTONIC ns."""

@@ -123,11 +123,22 @@ def test_an_interrupted_step_does_not_hold_its_vcpu(
         assert machine.step(VICTIM)[0].kind is ExitKind.KICKED
 
 
+def test_run_does_not_wait_until_a_vcpu_has_its_turn(machine: Machine) -> None:
+    victim = machine.vcpus[VICTIM]
+    with held_up(victim):
+        machine.run()
+        assert machine.status.phase is Phase.RUNNING
+        assert all(vcpu.running for vcpu in machine.vcpus)
+        makes_progress(machine)
+    machine.pause()
+    assert not any(vcpu.running for vcpu in machine.vcpus)
+
+
 def test_a_stop_that_a_run_has_followed_stops_nothing(machine: Machine) -> None:
     victim = machine.vcpus[0]
     with held_up(victim):
-        stopped, resumed = victim.stop(), victim.resume()
+        stopped = victim.stop()
+        machine.run()
     stopped.outcome()()
-    resumed.outcome()()
     assert victim.running
     makes_progress(machine)
