@@ -9,7 +9,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Horizontal, Vertical
 from textual.geometry import Size
-from textual.widgets import Button, Footer
+from textual.widgets import Button
 
 from app import plan, stopped
 from app.commands import COMMANDS
@@ -23,6 +23,7 @@ from kvm.machine import Machine, Phase, Status
 from kvm.quirks import Ignored
 from widgets.console import ConsolePane
 from widgets.frame import Changes
+from widgets.key_footer import KeyFooter
 from widgets.ledger import LedgerPane
 from widgets.prompt import Prompt
 from widgets.snapshots import SnapshotsPane
@@ -105,11 +106,12 @@ class Desk(PromptedScreen):
                 yield LedgerPane(id="ledger")
                 yield SnapshotsPane(id="snapshots")
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyFooter()
         yield TooSmall(plan.MIN_COLUMNS, plan.MIN_ROWS)
 
     def on_mount(self) -> None:
         self._laid_out = True
+        self._cells = self.app.size  # no Resize has told of it yet, and to lay out twice is dear
         self._arrange()
         self.set_interval(1 / RATE, self._tick)
         self.call_after_refresh(self.draw)

@@ -10,7 +10,6 @@ from textual import events
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Container
-from textual.widgets import Footer
 
 from app import address, typed_bytes
 from app.address import Place
@@ -26,6 +25,7 @@ from kvm.errors import ConfigError, MachineError
 from kvm.machine import Machine
 from widgets.address_pane import AddressPane
 from widgets.code_pane import CodeFrame, CodePane
+from widgets.key_footer import KeyFooter
 from widgets.memory_pane import MemoryFrame, MemoryPane
 from widgets.prompt import Prompt, PromptInput, Question
 from widgets.status import StatusLine
@@ -72,7 +72,7 @@ class MemoryScreen(PromptedScreen):
             yield CodePane(id="code")
             yield MemoryPane(id="memory")
         yield Prompt(id="prompt")
-        yield Footer(show_command_palette=False, compact=True)
+        yield KeyFooter()
 
     def on_mount(self) -> None:
         self._arrange(self.app.size.width)
