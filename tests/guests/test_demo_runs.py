@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -12,23 +13,24 @@ from app import guests
 from kvm.backends.choice import open_system
 from kvm.boot import loader
 from kvm.machine import Machine, MachineConfig, Phase
+from tests.guests.brisk import brisk_demo
 
 MEMORY = 4 << 20
 LIMIT = 60.0
 """Seconds that only a hang takes."""
 
-Start = Callable[[int], Machine]
+Start = Callable[..., Machine]
 
 
 @pytest.fixture(params=["software", pytest.param("kvm", marks=pytest.mark.kvm)])
-def start(request: pytest.FixtureRequest) -> Iterator[Start]:
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Start]:
     with ExitStack() as opened:
 
-        def start(vcpus: int) -> Machine:
+        def start(vcpus: int, image: Path | None = None) -> Machine:
             system = open_system(request.param)
             opened.callback(system.close)
-            image = loader.load(guests.demo(), memory=MEMORY)
-            machine = opened.enter_context(Machine(system, image, MachineConfig(vcpus=vcpus, memory=MEMORY)))
+            loaded = loader.load(image or brisk_demo(tmp_path), memory=MEMORY)
+            machine = opened.enter_context(Machine(system, loaded, MachineConfig(vcpus=vcpus, memory=MEMORY)))
             machine.run()
             return machine
 
@@ -71,7 +73,7 @@ def expected_round(number: int, vcpus: int) -> str:
 
 @pytest.mark.parametrize("vcpus", [1, 4])
 def test_rounds_print_what_they_must(start: Start, vcpus: int) -> None:
-    machine = start(vcpus)
+    machine = start(vcpus, guests.demo())
     printed = await_text(machine, r"round 3 .*\n")
     assert f"vmdeck demo: {vcpus} cpus" in printed
     assert re.findall(r"round .*", printed)[:3] == [expected_round(number, vcpus) for number in range(1, 4)]

@@ -126,7 +126,7 @@ def check_in_drgn(path: Path, state: MachineState, memory: dict[int, bytes]) -> 
 def test_debuggers_show_every_vcpu_as_a_thread_and_memory_at_its_address(
     system: System, tmp_path: Path, vcpus: int
 ) -> None:
-    with demo(system, vcpus) as machine:
+    with demo(system, guests.demo(), vcpus) as machine:
         for _ in range(20):
             machine.step(0)
         for index in range(vcpus):

@@ -24,6 +24,7 @@ from kvm.snapshot.file import read
 from kvm.vcpu import Reply
 from kvm.x86 import layout
 from kvm.x86.structs import MpState, Regs, pack_cpuid, unpack_cpuid
+from tests.guests.brisk import brisk_demo
 from tests.kvm.contract.lab import tsc_distances
 from tests.kvm.machines import COUNT, HLT, OUT_80, build, until
 from tests.kvm.snapshot.crafted import memory_in, memory_of, settled, with_substate, without_substate
@@ -41,7 +42,7 @@ def rax(machine: Machine, vcpu: int = 0) -> int:
 def test_prints_after_a_load_what_it_printed_after_the_save(system: System, tmp_path: Path, vcpus: int) -> None:
     """Into the same machine, which has run on, and into a new one."""
     path = tmp_path / "a.vmdeck"
-    with demo(system, vcpus) as machine:
+    with demo(system, brisk_demo(tmp_path), vcpus) as machine:
         boot = Serial(machine)
         machine.run()
         boot.wait_lines(6)
@@ -170,7 +171,7 @@ def stop_inside_an_in(machine: Machine) -> None:
 
 def test_three_generations_saved_inside_an_in_with_timers_armed(system: System, tmp_path: Path) -> None:
     """The demo's VCPUs live on their LAPIC timers and check themselves; each file is opened in a machine of its own."""
-    with demo(system, 2) as machine:
+    with demo(system, brisk_demo(tmp_path), 2) as machine:
         boot = Serial(machine)
         machine.run()
         boot.wait_lines(5)
@@ -544,7 +545,7 @@ def test_the_demo_saved_on_kvm_goes_on_in_software_and_back(tmp_path: Path) -> N
         return after.wait_lines(1)
 
     with closing(KernelSystem()) as kernel, closing(SoftwareSystem()) as software:
-        with demo(kernel, 2) as machine:
+        with demo(kernel, brisk_demo(tmp_path), 2) as machine:
             boot = Serial(machine)
             machine.run()
             boot.wait_lines(6)
