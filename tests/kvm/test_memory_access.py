@@ -59,7 +59,8 @@ def test_a_linear_write_that_cannot_go_all_the_way_writes_nothing(
 
 
 def test_a_linear_write_pauses_the_guest_which_then_runs_what_was_written(system: System, tmp_path: Path) -> None:
-    with build(system, tmp_path, COUNT, vcpus=2) as machine:
+    # A guest of one instruction: paused behind the first of two, it would run on in the middle of what was written.
+    with build(system, tmp_path, b"\xeb\xfe", vcpus=2) as machine:
         machine.run()
         machine.write_linear(0, ORIGIN, bytes.fromhex("b0 07 e6 f4"))  # mov al, 7; out 0xf4, al
         assert machine.status.phase is Phase.PAUSED
