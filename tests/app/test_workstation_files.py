@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from textual import events
 
 from app.contract import ContractScreen, contract_lines
 from app.lines_screen import LinesScreen
@@ -124,7 +125,9 @@ async def test_what_would_be_overwritten_is_said_or_refused(desk, folder) -> Non
         await at.press("ctrl+u", "enter")
         assert "Which file?" in at.said
         for name in ("~nobody-of-that-name/x", "x" * 300):
-            await at.press("ctrl+u", *name, "tab")
+            await at.press("ctrl+u")
+            at.app.post_message(events.Paste(name))
+            await at.press("tab")
             await at.until(lambda: at.said == "There is no such file.")
         await at.press("enter")
         assert "Can't open" in at.said
