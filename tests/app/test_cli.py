@@ -15,7 +15,7 @@ import pytest
 from app.cli import FORMATS
 from kvm.boot import linux, loader
 from tests.app import guests
-from tests.app.process import EMPTY_DEV, LIMIT, Terminal, in_namespace, refused, vmdeck
+from tests.app.process import EMPTY_DEV, LIMIT, Terminal, in_namespace, refused, refused_here, vmdeck
 from tests.guests.assemble import BinutilsMissing, assemble
 from tests.kvm.boot.bzimage import BzImage
 
@@ -91,13 +91,13 @@ def test_a_wrong_command_line_is_refused(arguments: tuple[str, ...], why: str) -
     ],
 )
 def test_memory_that_cannot_be(image: str, size: str, why: str) -> None:
-    assert why in refused("run", image, "--memory", size, *SOFTWARE)
+    assert why in refused_here("run", image, "--memory", size, *SOFTWARE)
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "10000"])
 @pytest.mark.parametrize("backend", ["software", pytest.param("kvm", marks=pytest.mark.kvm)])
 def test_vcpus_that_cannot_be(image: str, backend: str, count: str) -> None:
-    message = refused("run", image, "--vcpus", count, "--backend", backend, "--headless")
+    message = refused_here("run", image, "--vcpus", count, "--backend", backend, "--headless")
     assert f"{count} VCPUs" in message
     assert "1 to " in message
 
@@ -108,7 +108,7 @@ def test_what_is_no_number_of_vcpus(image: str) -> None:
 
 @pytest.mark.parametrize("address", ["-1", "here", "0x1ffffffffffffffff"])
 def test_addresses_that_cannot_be(image: str, address: str) -> None:
-    assert "not a guest-physical address" in refused("run", image, f"--address={address}", *SOFTWARE)
+    assert "not a guest-physical address" in refused_here("run", image, f"--address={address}", *SOFTWARE)
 
 
 # Images
@@ -131,10 +131,10 @@ def test_images_that_cannot_be_loaded(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(content)
         flat = ("--format", "flat32") if name == "oversized" else ()
-        message = refused("run", str(path), *flat, "--memory", "2M", *SOFTWARE)
+        message = refused_here("run", str(path), *flat, "--memory", "2M", *SOFTWARE)
         assert name in message, "the message names the file"
         assert why in message
-    assert "missing.bin" in refused("run", str(tmp_path / "missing.bin"), *SOFTWARE)
+    assert "missing.bin" in refused_here("run", str(tmp_path / "missing.bin"), *SOFTWARE)
     assert str(tmp_path) in refused("run", str(tmp_path), *SOFTWARE)
 
 
@@ -142,8 +142,8 @@ def test_initrd_and_command_line_are_for_linux(image: str, tmp_path: Path) -> No
     initrd = tmp_path / "initrd"
     initrd.write_bytes(b"x")
     for wish in (("--initrd", str(initrd)), ("--append", "quiet")):
-        assert "flat16 takes no initrd" in refused("run", image, *FLAT, *wish, *SOFTWARE)
-        assert "go with an IMAGE" in refused("run", "--restore", image, *wish, *SOFTWARE)
+        assert "flat16 takes no initrd" in refused_here("run", image, *FLAT, *wish, *SOFTWARE)
+        assert "go with an IMAGE" in refused_here("run", "--restore", image, *wish, *SOFTWARE)
 
 
 def test_a_linux_kernel_gets_what_the_command_line_says(tmp_path: Path) -> None:
