@@ -31,8 +31,10 @@ def test_a_substate_whose_writes_are_dropped(
 ) -> None:
     put = SoftwareVcpu.put
 
-    def drops(vcpu: SoftwareVcpu, rows: Sequence[tuple[Substate, bytes]]) -> None:
-        put(vcpu, [(row, raw) for row, raw in rows if row.name != deaf])
+    def drops(vcpu: SoftwareVcpu, rows: Sequence[Substate], raws: Sequence[bytes]) -> None:
+        for row, raw in zip(rows, raws, strict=True):
+            if row.name != deaf:
+                put(vcpu, [row], [raw])
 
     monkeypatch.setattr(SoftwareVcpu, "put", drops)
     expected = [(probe.what, probe.lost) for probe in PROBES if probe.substate == deaf]
