@@ -351,10 +351,7 @@ class Lockstep:
         """What differs after this step, without what can't be equal: that is now."""
         mine, theirs = after
         values = _differences(mine, theirs)
-        in_handler = "rip" in values and self._in_handler(theirs)
-        if in_handler:
-            self._clear_tf(theirs)
-        if in_handler or ("rip" in values and code.name.startswith("iret")):
+        if "rip" in values and (code.name.startswith("iret") or self._in_handler(theirs)):
             self._outcome.taken["KVM's step over an exception or IRET went on"] += 1
             for _ in range(CATCH_UP):
                 before, code = theirs, self._code(theirs)
@@ -377,15 +374,6 @@ class Lockstep:
         return (at.sregs.cs.selector & ~3, at.rip) in (
             (selector & ~3, rip) for selector, rip in gates.handlers(at.sregs, lambda *place: self._read(0, at, *place))
         )
-
-    def _clear_tf(self, entered: _Registers) -> None:
-        """KVM's step sets TF, and so the exception may have pushed it: clear it in the frame that the other has too."""
-        stack = entered.sregs.ss.base + entered.regs.rsp
-        mine, theirs = (self._read(which, entered, stack, FRAME) for which in (0, 1))
-        for place, (pushed, right) in enumerate(zip(mine, theirs, strict=True)):
-            at = self._physical(entered, stack + place)
-            if at is not None and pushed != right and pushed == right | _TF >> 8:
-                self._machines[0].write_memory(at, bytes((right,)))
 
     def _not_comparable(self, code: _Code, before: _Registers, mine: _Registers, values: Values) -> str:
         """Why these differences are none; empty if they are."""

@@ -70,6 +70,7 @@ char *vd_vcpu_page(struct vd_vcpu *v);
 void vd_bind(struct vd_vcpu *v);
 int vd_run(struct vd_vcpu *v);
 void vd_publish(struct vd_vcpu *v);
+void vd_publish_anew(struct vd_vcpu *v);
 int vd_sample(struct vd_vcpu *v, struct vd_sample *out);
 void vd_request_sample(struct vd_vcpu *v);
 void vd_kick(struct vd_vcpu *v);

@@ -397,6 +397,13 @@ void vd_publish(struct vd_vcpu *v)
 	atomic_store(&v->sequence, next);
 }
 
+/* The same where the registers have been written since: what the exit stored of them is no more. */
+void vd_publish_anew(struct vd_vcpu *v)
+{
+	v->run->s.regs.regs.rflags = 0;
+	vd_publish(v);
+}
+
 /*
  * Copy the newest sample; 0 if there is none. Two slots rather than a seqlock: a reader never waits for a VCPU
  * thread that was preempted in mid-write, and retries only if a whole new sample came meanwhile.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -17,6 +18,7 @@ from kvm.backends.kernel.bell import FutexBell
 from kvm.backends.kernel.exits import UNION, decode
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi, lib
+from kvm.backends.kernel.stepping import Step
 from kvm.errors import KvmError, SubstateError
 from kvm.x86.structs import GUESTDBG_SINGLESTEP, GuestDebug
 from kvm.x86.substates import Substate
@@ -47,7 +49,8 @@ class KernelVcpuFd:
         self._fd = fd
         self._batches = Batches(fd)
         self._owner: int | None = None
-        self._stepping = False
+        self._debug = GuestDebug()
+        """What KVM was told last."""
         self._stats: Fd | None = None
         self._blocking: int | None = None
         self._closing = threading.Lock()
@@ -111,6 +114,25 @@ class KernelVcpuFd:
         self._check_owner()
         if self._owner is None:
             self.bind()
+        return self._step(bus) if self._debug.control & GUESTDBG_SINGLESTEP else self._run(bus)
+
+    def _step(self, bus: Bus) -> Exit:
+        step = Step(self._fd, self._vm, self._debug)
+        if name := step.made():
+            lib.vd_publish_anew(self.mapping)
+            return Exit(ExitKind.DEBUG, detail=f"stepped over {name}")
+        with self._vm.user_steps if step.cpl == 3 else contextlib.nullcontext():
+            step.begin()
+            try:
+                ended = self._run(bus, stepping=True)
+            finally:
+                taken_back = step.end()
+        if taken_back:
+            lib.vd_publish_anew(self.mapping)
+            return Exit(ExitKind.DEBUG, detail="stepped at CPL 3")
+        return ended
+
+    def _run(self, bus: Bus, *, stepping: bool = False) -> Exit:
         vcpu, system = self.mapping, self._vm.system
         page = ffi.buffer(lib.vd_vcpu_page(vcpu), system.mmap_size)
         vd_run, unpack_io, port_out = lib.vd_run, _IO.unpack_from, bus.port_out
@@ -123,7 +145,7 @@ class KernelVcpuFd:
                 # What this VCPU wrote before this exit comes before it.
                 self._vm.drain(bus)
                 reason &= ~lib.VD_RING_WAITS
-            if self._stepping and reason in (_EXIT_IO, _EXIT_MMIO):
+            if stepping and reason in (_EXIT_IO, _EXIT_MMIO):
                 # KVM forgets the step over an instruction that exits (x86.c: "FIXME: return into emulator if
                 # single-stepping"): our own kick completes the instruction and ends the run behind it.
                 stepped = True
@@ -157,11 +179,11 @@ class KernelVcpuFd:
     def putting(self, rows: tuple[Substate, ...], raws: Sequence[bytes]) -> KernelBatch[tuple[SubstateError, ...]]:
         batch = self._batches.putting(rows, raws)
         if rows and rows[-1].put == "KVM_SET_GUEST_DEBUG":  # always the last one
-            batch.written = functools.partial(self._debug_written, GuestDebug.from_buffer_copy(raws[-1]).control)
+            batch.written = functools.partial(self._debug_written, GuestDebug.from_buffer_copy(raws[-1]))
         return batch
 
-    def _debug_written(self, control: int) -> None:
-        self._stepping = bool(control & GUESTDBG_SINGLESTEP)
+    def _debug_written(self, debug: GuestDebug) -> None:
+        self._debug = debug
 
     def bell(self) -> FutexBell:
         return FutexBell()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class _Slot:
     flags: int
     view: Any
     """cffi's hold on the memory; it can't be closed under the guest."""
+    content: Any
+    """The same, to be sliced."""
     bitmap: Any
     numbers: NDArray[np.int64]
     """Room for all page numbers; untouched, it takes no host memory."""
@@ -56,6 +58,8 @@ class KernelVm:
         self._slots: dict[int, _Slot] = {}
         self._lock = threading.Lock()
         self._draining = threading.Lock()
+        self.user_steps = threading.Lock()
+        """Steps at CPL 3 change the guest's IDT, which its VCPUs may share: one at a time."""
         self._ring_seen_by: Any = None
         """Any VCPU's mapping shows the VM's one ring: the first one's."""
         self._ring_copy = ffi.new("char[]", lib.VD_RING_BYTES)
@@ -104,7 +108,8 @@ class KernelVm:
             pages = len(memory) // PAGE_SIZE
             words = -(-pages // 64)
             view = ffi.from_buffer("char[]", memory, require_writable=True)
-            new = _Slot(address, memory, 0, view, ffi.new("uint64_t[]", words), np.empty(pages, np.int64))
+            bitmap, numbers = ffi.new("uint64_t[]", words), np.empty(pages, np.int64)
+            new = _Slot(address, memory, 0, view, ffi.buffer(view), bitmap, numbers)
         if old is not None and (new is not old or (old.flags ^ flags) & lib.KVM_MEM_READONLY):
             # KVM changes nothing but the log flag of a slot that exists: it has to go first.
             self._region(slot, 0, address, 0, old.view)
@@ -112,6 +117,22 @@ class KernelVm:
         self._region(slot, flags, address, len(memory), new.view)
         new.flags = flags
         self._slots[slot] = new
+
+    def read(self, address: int, size: int) -> bytes:
+        """Guest-physical memory, as far as it goes on from there in one slot."""
+        return next((at.content[start : start + size] for at, start in self._at(address)), b"")
+
+    def write(self, address: int, data: bytes) -> None:
+        """The other way round, on the guest's behalf: nothing where there is no memory, or it's read-only."""
+        for at, start in self._at(address):
+            if not at.flags & lib.KVM_MEM_READONLY:
+                at.content[start : start + len(data)] = data
+
+    def _at(self, address: int) -> Iterator[tuple[_Slot, int]]:
+        """The slot that holds this address, and where in it."""
+        for at in self._slots.values():
+            if at.address <= address < at.address + len(at.memory):
+                yield at, address - at.address
 
     def _region(self, slot: int, flags: int, address: int, size: int, view: Any) -> None:
         raw = _REGION.pack(slot, flags, address, size, int(ffi.cast("uintptr_t", view)))
