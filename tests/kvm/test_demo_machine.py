@@ -44,7 +44,7 @@ class Serial:
 
 def assert_healthy(text: bytes) -> None:
     assert b"FAILED" not in text, text
-    assert b"exception" not in text, text
+    assert b"EXCEPTION" not in text, text
 
 
 @pytest.mark.parametrize("vcpus", [1, 2, 4, 8, 16])
