@@ -45,7 +45,7 @@ PATIENCE = 50
 CATCH_UP = 4096
 """Steps that the other may be behind. KVM's step over an instruction that faults doesn't end at the handler's first
 instruction: its emulator's ends one behind it, a processor's where the handler returns to, as the delivery clears TF
-(SDM vol. 3A, 6.12.1.3). PVM's step over IRET ends behind the next instruction."""
+(SDM vol. 3A, 6.12.1.3). PVM's step over IRETD ends behind the next instruction."""
 
 WORDS = 4
 """Of memory that differs: so many are named."""

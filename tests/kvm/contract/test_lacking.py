@@ -8,7 +8,7 @@ import pytest
 
 from kvm.backends.kernel.capabilities import CAPABILITIES, REQUIRED
 from kvm.errors import MachineError
-from kvm.machine import Machine
+from kvm.machine import Machine, Phase
 from tests.kvm.contract.lab import regs_of, synchronize
 from tests.kvm.machines import COUNT, build, until
 
@@ -63,6 +63,7 @@ def counts(machine: Machine) -> None:
 
     def went_on() -> bool:
         machine.run()
+        machine.wait(Phase.STOPPED, timeout=0.001)  # a pause that comes at once may find it not under way yet
         machine.pause()
         synchronize(machine)
         return regs_of(machine).rax != before
