@@ -700,8 +700,10 @@ def test_bug_12_a_state_taken_inside_an_in_has_its_result(system: System, tmp_pa
 
 def test_bug_13_pause_and_resume_a_thousand_times(system: System, tmp_path: Path) -> None:
     with build(system, tmp_path, COUNT, vcpus=2) as machine:
-        for _ in range(1000):
+        for turn in range(1000):
             machine.run()
+            if turn % 2:  # else the pause overtakes the VCPUs' threads on their way into the guest
+                machine.wait(Phase.STOPPED, timeout=0.0005)
             machine.pause()
         machine.run()
         makes_progress(machine)
@@ -776,11 +778,15 @@ def look_then_clear(self: Vcpu) -> None:
 
 
 def test_bug_14_pause_while_the_guest_hammers_a_device(system: System, tmp_path: Path) -> None:
+    counted = set()
     with build(system, tmp_path, OUT_80) as machine:
         for _ in range(200):
             machine.run()
+            machine.wait(Phase.STOPPED, timeout=0.0005)  # it's at it
             machine.pause()
             assert regs_of(machine).rip in (ORIGIN, ORIGIN + 2, ORIGIN + 4)
+            counted.add(regs_of(machine).rax)
+        assert len(counted) > 10
 
 
 IN_FOR_EVER = bytes.fromhex("ba 00 03 ec eb fd")
