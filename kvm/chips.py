@@ -25,7 +25,9 @@ class Chips:
         self._names = tuple(row.name for row in self.rows)
         self._choices = {level: Choice(row for row in self.rows if row.level <= level) for level in WritebackLevel}
         self.copy: Mapping[str, bytes] = {}
-        """As they were read last; or what is to be put."""
+        """As they were read last; or what is to be put. Never changed: it's another one then."""
+        self._to_put: tuple[Mapping[str, bytes], WritebackLevel, list[bytes]] = ({}, WritebackLevel.RUNTIME, [])
+        """What was put last, at which level, and its bytes."""
 
     def get(self) -> Moved:
         """Read all of them into the copy, which is left alone if that fails."""
@@ -41,8 +43,12 @@ class Chips:
         """Write those of the copy that the level allows."""
         began = time.monotonic_ns()
         choice = self._choices[level]
+        copy, at, raws = self._to_put
+        if copy is not self.copy or at is not level:
+            raws = choice.raws(self.copy, level)
+            self._to_put = (self.copy, level, raws)
         try:
-            self._vm.put(choice.rows, choice.raws(self.copy, level))
+            self._vm.put(choice.rows, raws)
         except SubstateError as error:
             return Moved(began, choice.names, error.at(level), level)
         return Moved(began, choice.names, None, level)

@@ -18,6 +18,7 @@ before_run                           the VCPU's run loop, before KVM_RUN
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -109,10 +110,10 @@ def cpu_synchronize_all_pre_loadvm(
     """
     began = time.monotonic_ns()
     _assert_stopped(vcpus)
-    parts = [Part(vcpu.index) for vcpu in vcpus]
     for vcpu in vcpus:
         vcpu.dirty = True
     reading = _read_tsc(vcpus)
+    parts = [_nothing(vcpu.index) for vcpu in vcpus]
     ledger.add("cpu_synchronize_all_pre_loadvm", None, caller, parts, began, skew_us)
     return reading
 
@@ -211,7 +212,7 @@ class Reading:
 
 def _get(vcpu: Vcpu) -> _Finish:
     if vcpu.dirty:
-        return lambda: (Part(vcpu.index), None)
+        return lambda: (_nothing(vcpu.index), None)
     reading = Reading(vcpu, vcpu.table.to_get)
 
     def finish() -> Done:
@@ -222,6 +223,10 @@ def _get(vcpu: Vcpu) -> _Finish:
         return done
 
     return finish
+
+
+_nothing = functools.cache(Part)
+"""The part of a VCPU that had nothing to do."""
 
 
 def _part(
@@ -253,16 +258,17 @@ def _to_write(vcpu: Vcpu, level: WritebackLevel) -> Choice:
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
     """
     table, copy, known = vcpu.table, vcpu.copy, vcpu.known
+    # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
     if level > WritebackLevel.RUNTIME and vcpu.dirty:
         same = [name for name in table.ours if known.get(name) == copy[name]]
-        return table.up_to(level, tuple([n for n in same if n not in table.followers or not any(copy[n])]))
+        alone = [name for name in same if name not in table.followers or not copy[name].strip(b"\0")]
+        return table.up_to(level, tuple(alone))
     rows, skipped = [], []
     again: set[str] = set()
     for row in table.up_to(level).rows:
         if not vcpu.dirty and row.get is not None:
             continue
         name = row.name
-        # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
         if known.get(name) != copy[name] or (name in again and any(copy[name])):
             rows.append(row)
             again.update(row.then)

@@ -277,5 +277,4 @@ class Uart:
         self._rx = deque(rx[:count])
         self._input = deque(raw[_STATE.size :])
         self._timeout_pending = 0 < count < self._trigger()
-        self._line = self._level()
-        self._irq(self._line)  # the interrupt controllers keep the levels of their inputs out of their saved state
+        self._update()  # the interrupt controllers keep the levels of their inputs out of their saved state

@@ -185,9 +185,8 @@ class KernelVm:
     def drain(self, bus: Bus) -> None:
         # An entry leaves the ring only when the bus has had it: who finds the ring empty comes after all of it.
         with self._draining:
-            if self._ring_seen_by is None:
+            if self._ring_seen_by is None or not (count := lib.vd_ring_copy(self._ring_seen_by, self._ring_copy)):
                 return
-            count = lib.vd_ring_copy(self._ring_seen_by, self._ring_copy)
             for address, length, is_port, data in _RING_ENTRY.iter_unpack(self._ring_view[: count * _RING_ENTRY.size]):
                 write = bus.port_out if is_port else bus.mmio_write
                 write(address, length, data & _MASK[length])
