@@ -221,9 +221,10 @@ class Memory:
         were. Nothing is dirty then. Every VCPU stands, and with it the devices that write."""
         count = 0
         for region in self.ram:
-            there = places[region.first_page : region.first_page + len(region.pages)]
+            there = places[region.first_page :][: len(region.pages)] if len(self.ram) > 1 else places
             count += self._vm.go_back(region.slot, region.host_wrote, contents, there)
-            region.take_marks()
+            if region.host_wrote:
+                region.take_marks()
         return count
 
     def _by_region(self, pages: Pages) -> Iterable[tuple[Region, Pages, slice]]:

@@ -206,7 +206,7 @@ class Reading:
         self.wait()
         if (error := self._error) is not None:
             read = self.names[: error.moved]
-            return _part(self._vcpu, self.batch, read, (), (), error.moved + 1, error=str(error)), error
+            return _part(self._vcpu, self.batch, read, (), (), error.moved + 1, str(error)), error
         return _part(self._vcpu, self.batch, self.names, (), (), len(self.names)), None
 
 
@@ -236,7 +236,6 @@ def _part(
     written: tuple[str, ...],
     skipped: tuple[str, ...],
     ioctls: int,
-    *,
     error: str = "",
     tolerated: Sequence[SubstateError] = (),
     reading: Reading | None = None,
@@ -244,9 +243,8 @@ def _part(
     """``reading``: what was read for the batch's sake."""
     began, microseconds = (batch.began_ns, batch.microseconds) if batch else (time.monotonic_ns(), 0.0)
     if reading is not None:
-        read, ioctls, microseconds = (
-            reading.names, ioctls + len(reading.names), microseconds + reading.batch.microseconds
-        )  # fmt: skip
+        read, ioctls = reading.names, ioctls + len(reading.names)
+        microseconds += reading.batch.microseconds
     refused = tuple([(each.substate, each.symbol) for each in tolerated]) if tolerated else ()
     return Part(vcpu.index, read, written, skipped, ioctls, began, microseconds, error, refused)
 
@@ -319,9 +317,7 @@ def _given_back(
         held = {name: held[name] for name in written}
     vcpu.gave_back(held, level)
     vcpu.dirty = False
-    return _part(
-        vcpu, batch, (), written, choice.skipped, len(choice.names), tolerated=tolerated, reading=reading
-    ), None
+    return _part(vcpu, batch, (), written, choice.skipped, len(choice.names), "", tolerated, reading), None
 
 
 def _failed(
@@ -331,9 +327,7 @@ def _failed(
     moved, rest = _without(rows[: error.moved], error.tolerated), rows[error.moved :]
     vcpu.known.update((name, vcpu.copy[name]) for name in moved)
     _unknown(vcpu, (*rest, *(each.substate for each in error.tolerated)))
-    return _part(
-        vcpu, batch, (), moved, (), error.moved + 1, error=str(error), tolerated=error.tolerated, reading=reading
-    ), error
+    return _part(vcpu, batch, (), moved, (), error.moved + 1, str(error), error.tolerated, reading), error
 
 
 def _read_tsc(vcpus: Sequence[Vcpu]) -> Reading | None:

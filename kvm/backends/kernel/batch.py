@@ -108,7 +108,8 @@ class KernelBatch(Generic[T]):
         return self if bell.hand(self) else None
 
     def wait(self, timeout: float | None = None) -> bool:
-        return wait(self.answer, timeout)
+        # Rung already: a turn of the interpreter less.
+        return self.answer.state == lib.VD_RUNG or wait(self.answer, timeout)
 
     def outcome(self) -> T:
         self.free = True

@@ -84,7 +84,7 @@ int vd_irq_line(int fd, uint32_t gsi, uint32_t level)
 
 /* --- Bells ------------------------------------------------------------------------------------------------- */
 
-enum { SILENT, RUNG, AWAITED };
+enum { SILENT, RUNG = VD_RUNG, AWAITED };
 
 /*
  * A thread that waits spins first, as the kernel's haltpoll does (guest-halt-polling.rst): waking a core that sleeps

@@ -35,6 +35,8 @@ int vd_irq_line(int fd, uint32_t gsi, uint32_t level);
 
 struct vd_job;
 
+#define VD_RUNG 1 /* a bell's state: nobody has heard it yet */
+
 /* Where one thread waits. Both all zero at first. */
 struct vd_bell {
 	uint32_t state;

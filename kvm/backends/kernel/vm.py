@@ -32,6 +32,7 @@ _MASK = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 @dataclass(slots=True)
 class _Slot:
+    name: str
     address: int
     memory: mmap.mmap
     flags: int
@@ -109,7 +110,7 @@ class KernelVm:
             words = -(-pages // 64)
             view = ffi.from_buffer("char[]", memory, require_writable=True)
             bitmap, numbers = ffi.new("uint64_t[]", words), np.empty(pages, np.int64)
-            new = _Slot(address, memory, 0, view, ffi.buffer(view), bitmap, numbers)
+            new = _Slot(f"slot {slot}", address, memory, 0, view, ffi.buffer(view), bitmap, numbers)
         if old is not None and (new is not old or (old.flags ^ flags) & lib.KVM_MEM_READONLY):
             # KVM changes nothing but the log flag of a slot that exists: it has to go first.
             self._region(slot, 0, address, 0, old.view)
@@ -144,7 +145,7 @@ class KernelVm:
         with self._lock:
             out = ffi.from_buffer("int64_t[]", at.numbers)
             count = lib.vd_dirty_pages(self._fd.number, slot, at.bitmap, len(at.bitmap), out)
-            self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
+            self._fd.checked("KVM_GET_DIRTY_LOG", count, at.name)
             return at.numbers[:count].copy()
 
     def copy_pages(
@@ -161,10 +162,10 @@ class KernelVm:
         assert len(places) == len(at.numbers)
         with self._lock:
             count = lib.vd_go_back(
-                self._fd.number, slot, at.bitmap, len(places), list(marks), len(marks), at.view,
+                self._fd.number, slot, at.bitmap, len(places), list(marks) if marks else ffi.NULL, len(marks), at.view,
                 ffi.from_buffer(source), ffi.from_buffer("int64_t[]", places), len(source),
             )  # fmt: skip
-            return self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
+            return self._fd.checked("KVM_GET_DIRTY_LOG", count, at.name)
 
     def memory_changed(self) -> None:
         """Nothing to do: KVM's page tables follow the host's, and it keeps no translated code."""
