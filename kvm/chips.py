@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from kvm.backends.interface import Vm
 from kvm.errors import SubstateError
@@ -35,9 +36,9 @@ class Chips:
         try:
             values = self._vm.get(self.rows)
         except SubstateError as error:
-            return Moved(began, self._names, error)
+            return Moved(began, time.monotonic_ns(), self._names, error)
         self.copy = dict(zip(self._names, values, strict=True))
-        return Moved(began, self._names, None)
+        return Moved(began, time.monotonic_ns(), self._names, None)
 
     def put(self, level: WritebackLevel) -> Moved:
         """Write those of the copy that the level allows."""
@@ -50,25 +51,25 @@ class Chips:
         try:
             self._vm.put(choice.rows, raws)
         except SubstateError as error:
-            return Moved(began, choice.names, error.at(level), level)
-        return Moved(began, choice.names, None, level)
+            return Moved(began, time.monotonic_ns(), choice.names, error.at(level), level)
+        return Moved(began, time.monotonic_ns(), choice.names, None, level)
 
 
-class Moved:
-    """Substates that were read, or written at a level, from ``began`` (CLOCK_MONOTONIC, ns) to now."""
+class Moved(NamedTuple):
+    """Substates that were read, or written where there is a ``level``; ``began_ns`` is CLOCK_MONOTONIC."""
 
-    def __init__(
-        self, began: int, names: tuple[str, ...], error: SubstateError | None, level: WritebackLevel | None = None
-    ) -> None:
-        self._microseconds = (time.monotonic_ns() - began) / 1000
-        self._began, self._names, self.error, self._level = began, names, error, level
+    began_ns: int
+    ended_ns: int
+    names: tuple[str, ...]
+    error: SubstateError | None
+    level: WritebackLevel | None = None
 
     def done(self) -> Done:
         """For the ledger."""
-        names, error = self._names, self.error
+        names, error = self.names, self.error
         ioctls = len(names)
         if error is not None:
             names, ioctls = names[: error.moved], error.moved + 1
-        read, written = (names, ()) if self._level is None else ((), names)
-        why = str(error) if error else ""
-        return Part(None, read, written, (), ioctls, self._began, self._microseconds, why), error
+        read, written = (names, ()) if self.level is None else ((), names)
+        microseconds = (self.ended_ns - self.began_ns) / 1000
+        return Part(None, read, written, (), ioctls, self.began_ns, microseconds, str(error) if error else ""), error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from kvm.backends.interface import Exit
 
@@ -21,8 +21,7 @@ class Phase(Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """The machine's phase and why: ``reason`` is one line; ``vcpu`` and ``exit`` say who stopped it, and how."""
 
     phase: Phase

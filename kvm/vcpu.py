@@ -171,7 +171,7 @@ class Vcpu:
 
     def make(self, batch: Batch[T]) -> Reply[T]:
         """Have the VCPU's thread make these ioctls; doesn't wait. From any thread, the VCPU's own too."""
-        if threading.current_thread() is self._thread:
+        if threading.get_ident() == self._thread.ident:
             batch.make()
             return Reply(self.index, None, batch.outcome)
         awaited = None if self.running else batch.hand(self._bell)
@@ -186,7 +186,7 @@ class Vcpu:
 
     def run_on(self, work: Callable[[], T]) -> T:
         """Have the VCPU's thread do this and wait for the result. Raises what it raises, or MachineError."""
-        if threading.current_thread() is self._thread:
+        if threading.get_ident() == self._thread.ident:
             return work()
         return self.post(work).outcome()()
 
