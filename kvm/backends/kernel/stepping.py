@@ -48,8 +48,8 @@ _IRET_FLAGS = 0x3D7FD5
 """All that IRETQ loads: not VM."""
 _ACCESSED, _WRITABLE, _CONFORMING, _CODE = 1, 2, 4, 8
 """Bits of a segment's type."""
-_LONGEST, _PUSHED = 15, (0, 2, 4, 8)
-"""Bytes of the longest instruction, and of what one pushes or pops: no frame, where there is nothing else."""
+_PUSHED = 8
+"""Bytes that an instruction pushes or pops, mostly: less than a frame."""
 _DB = 1
 """The vector of #DB."""
 _GATE, _PRESENT = 16, 0x80
@@ -172,7 +172,8 @@ class Step:
             return
         gate = own if own[5] & _PRESENT else present[0]
         ist = gate[4] & 7
-        top = self._stack(_TSS_ISTS + 8 * (ist - 1) if ist else _TSS_RSP0)
+        tss = self._read(self._sregs.tr.base, _TSS_ISTS + 8 * _ISTS)
+        top = _stack(tss, _TSS_ISTS + 8 * (ist - 1) if ist else _TSS_RSP0)
         for at, size in ((idt.base + _DB * _GATE, _GATE), (top - _FRAME.size, _FRAME.size)):
             self._lent.append((at, self._read(at, size)))
         if gate is not own:
@@ -195,8 +196,8 @@ class Step:
                 self._write(regs.rsp + 1, bytes([self._read(regs.rsp + 1, 1)[0] & ~(_TF >> 8)]))
             if taken_back:
                 return True
-        went_on = 0 < regs.rip - self._regs.rip <= _LONGEST and abs(regs.rsp - self._regs.rsp) in _PUSHED
-        if self._sregs.efer & EFER_LMA and not self._regs.rflags & _TF and not went_on:
+        pushed = abs(regs.rsp - self._regs.rsp) > _PUSHED
+        if pushed and self._sregs.efer & EFER_LMA and not self._regs.rflags & _TF:
             self._clear_pushed_flag(regs)
         return False
 
@@ -220,18 +221,15 @@ class Step:
     def _clear_pushed_flag(self, after: Regs) -> None:
         """If what was executed was a handler's first instruction: no trap when it returns."""
         regs, sregs = self._regs, self._sregs
-        own = self._stack(_TSS_RSP0) if self.cpl else regs.rsp & ~15
-        for top in (own, *(self._stack(_TSS_ISTS + 8 * ist) for ist in range(_ISTS))):
+        tss = self._read(sregs.tr.base, _TSS_ISTS + 8 * _ISTS)
+        own = _stack(tss, _TSS_RSP0) if self.cpl else regs.rsp & ~15
+        for top in (own, *(_stack(tss, _TSS_ISTS + 8 * ist) for ist in range(_ISTS))):
             at = top - _FRAME.size
             pushed = self._read(at, _FRAME.size) if 0 < after.rsp <= top else b""
             if len(pushed) == _FRAME.size:
                 rip, cs, rflags, rsp, ss = _FRAME.unpack(pushed)
                 if rflags & _TF and (cs, rsp, ss) == (sregs.cs.selector, regs.rsp, sregs.ss.selector):
                     self._write(at, _FRAME.pack(rip, cs, rflags & ~_TF, rsp, ss))
-
-    def _stack(self, at: int) -> int:
-        """Where a stack begins that the TSS names there, as the processor aligns it; 0 if it names none."""
-        return int.from_bytes(self._read(self._sregs.tr.base + at, 8), "little") & ~15
 
     # The guest's memory, at linear addresses
 
@@ -261,3 +259,8 @@ class Step:
 
 def _gates(idt: bytes) -> Iterator[bytes]:
     return (idt[at : at + _GATE] for at in range(0, len(idt) - _GATE + 1, _GATE))
+
+
+def _stack(tss: bytes, at: int) -> int:
+    """Where a stack begins that the TSS names there, as the processor aligns it; 0 if it names none."""
+    return int.from_bytes(tss[at : at + 8], "little") & ~15
