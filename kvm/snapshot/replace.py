@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -83,10 +84,21 @@ def replacing(path: StrPath, check: Callable[[Path], None]) -> Iterator[int]:
 def cant_write(path: StrPath, error: Exception) -> SnapshotError:
     """What a failing write is to a person."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
     return SnapshotError(
         f"Can't write {os.fspath(path)}: {why}. What was there is as it was. "
-        "Free some space, or choose a folder that you can write to."
+        f"{advice or 'Free some space, or choose a folder that you can write to.'}"
     )
+
+
+_ADVICE = {
+    errno.ENOENT: "There is no such folder: make it, or choose another.",
+    errno.ENOTDIR: "A part of that path is a file: choose another.",
+    errno.EISDIR: "There is a folder of that name: choose another.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EACCES: "Choose a folder that you can write to.",
+    errno.EROFS: "Choose a folder that you can write to.",
+}
 
 
 def _nameless(folder: Path) -> tuple[int, str | None]:
