@@ -83,6 +83,31 @@ def test_a_step_over_hlt_halts_the_vcpu_there_and_nowhere_else(
         until(lambda: sampled(m).rbx == before.rbx + 3)  # nothing is left of it
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize(("instruction", "size"), [("hlt", 1), ("iretq", 2)])
+def test_the_next_step_starts_where_one_that_kvm_did_not_make_has_ended(
+    tmp_path: Path, instruction: str, size: int
+) -> None:
+    """KVM sets the trap flag where it's told to step, and not where registers are written later on."""
+    from kvm.backends.kernel.system import KernelSystem
+
+    system = KernelSystem()
+    source = f""".code64
+        mov rax, rsp; push 0x10; push rax; push 2; push 0x18; lea rax, [rip + 1f]; push rax
+        {instruction}; 1: nop"""
+    with machine(system, tmp_path, "flat64", source) as m:
+        for _ in range(7):
+            m.step(0)
+        before = regs(m).rip
+        system.trace = []
+        (ended,) = m.step(0)
+        made = [call.ioctl for call in system.trace if call.ioctl.startswith("KVM_SET")]
+        assert ended.detail == f"stepped over {instruction.upper()}"
+        assert regs(m).rip == before + size
+        assert made[-1] == "KVM_SET_GUEST_DEBUG"
+    system.close()
+
+
 FAULT = """.code64
         lea rax, [rip + handler]; mov edi, 0x180000 + 16 * 14
         mov [rdi], ax; mov dword ptr [rdi + 2], 0x8e000018 & 0xffff; mov byte ptr [rdi + 5], 0x8e

@@ -97,6 +97,7 @@ class Step:
         events.interrupt_shadow, events.flags = 0, EVENT_VALID_SHADOW
         self._put("KVM_SET_REGS", regs)
         self._put("KVM_SET_VCPU_EVENTS", events)
+        self._put("KVM_SET_GUEST_DEBUG", self._debug)  # the next step starts here
         return name
 
     def _halt(self, regs: Regs, events: VcpuEvents) -> bool:
@@ -187,19 +188,24 @@ class Step:
     def end(self) -> bool:
         """After it: was a trap taken back that the guest had got? It has made its step then."""
         regs = self._get("KVM_GET_REGS", Regs)
-        if self._handler:
-            self._put("KVM_SET_GUEST_DEBUG", self._debug)
-            taken_back = regs.rip == self._handler and self._take_back(regs)
-            for at, was in self._lent if taken_back else self._lent[:1]:
-                self._write(at, was)
-            if taken_back and self._code.removeprefix(b"\x66")[:1] == _PUSHF:
-                self._write(regs.rsp + 1, bytes([self._read(regs.rsp + 1, 1)[0] & ~(_TF >> 8)]))
-            if taken_back:
-                return True
+        if self._handler and self._taken_back(regs):
+            return True
         pushed = abs(regs.rsp - self._regs.rsp) > _PUSHED
         if pushed and self._sregs.efer & EFER_LMA and not self._regs.rflags & _TF:
             self._clear_pushed_flag(regs)
         return False
+
+    def _taken_back(self, regs: Regs) -> bool:
+        """No breakpoint any more, nor what was lent for it. Was it the step's own trap that came to it?"""
+        try:
+            taken_back = regs.rip == self._handler and self._take_back(regs)
+        finally:
+            self._put("KVM_SET_GUEST_DEBUG", self._debug)
+        for at, was in self._lent if taken_back else self._lent[:1]:
+            self._write(at, was)
+        if taken_back and self._code.removeprefix(b"\x66")[:1] == _PUSHF:
+            self._write(regs.rsp + 1, bytes([self._read(regs.rsp + 1, 1)[0] & ~(_TF >> 8)]))
+        return taken_back
 
     def _take_back(self, regs: Regs) -> bool:
         """The guest is about to handle an exception: undo its delivery, if it's the step's own trap."""
