@@ -51,6 +51,8 @@ class Lapic:
         self.init_pending = False
         self.sipi_pending = False
         self.sipi_vector = 0
+        self.called = False
+        """Another VCPU has sent it something since its VCPU last took an interrupt."""
         self.tsc_offset = 0
         """The TSC is ``passed`` plus this, modulo 2⁶⁴: as KVM's is the host's TSC plus its offset."""
         self.tsc_deadline = 0
@@ -331,4 +333,5 @@ def send(apics: Sequence[Lapic], command: int, destination: int, sender: Lapic |
     if mode == _LOWEST:
         targets = [apic for apic in targets if apic.enabled][:1]
     for apic in targets:
+        apic.called |= sender not in (None, apic)
         apic.accept(mode, vector, level and mode in (_FIXED, _LOWEST))

@@ -544,6 +544,7 @@ class SoftwareVcpu:
         self.window = waits
         intercept = engine.ALWAYS
         if nmi and not shadow:
+            self._called()
             events.nmi_pending, events.nmi_masked = 0, 1
             if not self._deliver(delivery.interrupt(cpu, delivery.NMI)):
                 return False
@@ -564,7 +565,15 @@ class SoftwareVcpu:
             self.cpu.intercept = intercept
             self.engine.commit()
 
+    def _called(self) -> None:
+        """An interrupt is how a VCPU has the others serialise when it has changed code (SDM vol. 3A, 9.1.3; Linux's
+        text_poke_sync): they see it in the handler."""
+        if self.lapic.called:
+            self.lapic.called = False
+            self.code_may_have_changed()
+
     def _deliver_interrupt(self) -> None:
+        self._called()
         if self.vm.pic_output and self.lapic.takes_pic():
             vector = self.vm.acknowledge_pic()
         else:
@@ -626,6 +635,8 @@ class SoftwareVcpu:
             cpu.exception_is_int = 0  # else the emulator takes what comes out to us next for an INT too, and moves RIP
             cpu.rip = cpu.exception_next_rip
             event = delivery.software_interrupt(cpu, self.vm.slots, vector)
+            if vector == delivery.BP:
+                self.code_may_have_changed()  # another VCPU may have taken the INT3 back
             if vector == delivery.BP and self._debugging(GUESTDBG_USE_SW_BP):
                 cpu.rip = event.fault_rip
                 self.engine.commit()

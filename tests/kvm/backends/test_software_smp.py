@@ -453,6 +453,50 @@ def test_a_vcpu_that_waits_for_its_turn_can_be_kicked(make: Make) -> None:
     assert ends == [ExitKind.KICKED]
 
 
+CHANGED_CODE = {
+    # The AP runs what is changed all the time, and serialises where it returns from the interrupt that tells it so.
+    "told by an interrupt": """
+        movw $handler - _start + 0x1000 - 0x2000, 0x40 * 4; movw $0x200, 0x40 * 4 + 2
+        mov $0xfee00000, %ebp; movl $0x1ff, 0xf0(%ebp); movl $0x02000000, 0xd0(%ebp)
+        sti
+    1:  movl $1, 0x6000
+        .set changed, . - 4
+        jmp 1b
+    handler: movl $0, 0xb0(%ebp); iret""",
+    # It traps at what is changed, and returns there until that's no INT3 any more, as Linux's text_poke has it.
+    "found out by INT3": """
+        movw $handler - _start + 0x1000 - 0x2000, 3 * 4; movw $0x200, 3 * 4 + 2
+    changed: int3
+        movl $2, 0x6000
+    1:  hlt; jmp 1b
+    handler: movl $1, 0x6000; push %bp; mov %sp, %bp; decw 2(%bp); pop %bp; iret""",
+}
+
+
+@pytest.mark.parametrize(("how", "byte"), [("told by an interrupt", 2), ("found out by INT3", 0x90)])
+def test_code_that_another_vcpu_has_changed_counts_from_where_it_must(make: Make, how: str, byte: int) -> None:
+    guest = make(
+        f"""
+        .code32
+        {START_APS}
+    1:  cmpl $1, 0x6000; jne 1b
+        movb ${byte}, changed - _start + 0x1000
+        movl $0x01000000, 0x310(%ebp); movl $0x4040, 0x300(%ebp)
+        mov $300000, %ecx
+    2:  cmpl $2, 0x6000; je 3f
+        loop 2b
+    3:  mov 0x6000, %al; out %al, $0x80
+        out %al, $0xf4
+        .org HANDLER
+        .code16
+        {CHANGED_CODE[how]}""",
+        "protected",
+        vcpus=2,
+    )
+    guest.run()
+    assert guest.bus.values(0x80) == [2]
+
+
 WORK = f"""
     .set ROUNDS, 40
     .code32
