@@ -49,10 +49,8 @@ instruction: its emulator's ends one behind it, a processor's where the handler 
 
 WORDS = 4
 """Of memory that differs: so many are named."""
-FRAME = 7 * 8
-"""Bytes that an exception pushes at most."""
 
-_CF, _PF, _AF, _ZF, _SF, _TF, _OF = 1, 4, 0x10, 0x40, 0x80, 0x100, 0x800
+_CF, _PF, _AF, _ZF, _SF, _OF = 1, 4, 0x10, 0x40, 0x80, 0x800
 _ALL = _CF | _PF | _AF | _ZF | _SF | _OF
 UNDEFINED_FLAGS: Mapping[str, int] = {
     **dict.fromkeys(("and", "or", "xor", "test"), _AF),

@@ -155,7 +155,7 @@ class Machine:
 
     def run(self) -> None:
         """Let the guest run on. Raises MachineError after a triple fault: only a reset or a restore helps then."""
-        with self._lock, self._operation("run", whole=True):
+        with self._lock, _Operation(self, "run", whole=True):
             if self._status.exit is not None and self._status.exit.kind is ExitKind.SHUTDOWN:
                 raise MachineError(
                     "Can't run: the guest has shut down (triple fault). Reset it or restore a checkpoint."
@@ -164,7 +164,7 @@ class Machine:
 
     def pause(self) -> None:
         """Stop every VCPU. Raises MachineError naming a VCPU that doesn't stop."""
-        with self._lock, self._operation("pause"):
+        with self._lock, _Operation(self, "pause"):
             if self._status.phase is Phase.RUNNING:
                 self._stop_all()
                 self._set_status(Status(Phase.PAUSED, "paused"))
@@ -174,7 +174,7 @@ class Machine:
 
         A VCPU that waits (HLT, wait-for-SIPI) doesn't step: its exit is KICKED. Raises MachineError, KvmError.
         """
-        with self._lock, self._operation("step", whole=True):
+        with self._lock, _Operation(self, "step", whole=True):
             if "guest_debug" not in self.table.by_name:
                 raise MachineError("Can't step: this KVM lacks single step (KVM_CAP_SET_GUEST_DEBUG).")
             self._stop_all()
@@ -216,14 +216,14 @@ class Machine:
 
     def settle(self) -> None:
         """Wait until what the guest has asked for in its steps, a reset or its end, is done. Raises MachineError."""
-        with self._lock, self._operation("settle"):
+        with self._lock, _Operation(self, "settle"):
             done = self._supervisor.caught_up()
         if not done.wait(WAIT_LIMIT):
             raise MachineError(f"The machine did not settle within {WAIT_LIMIT:g} s: its supervisor hangs.")
 
     def reset(self) -> None:
         """A system reset: devices, VCPUs, and the image as it was loaded; the guest goes on if it ran."""
-        with self._lock, self._operation("reset"):
+        with self._lock, _Operation(self, "reset"):
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
             sync.cpu_synchronize_all_states(self.vcpus, ledger=self.ledger, caller="reset", skew_us=skew)
@@ -243,7 +243,7 @@ class Machine:
 
     def save(self) -> MachineState:
         """The state without memory; pauses, and leaves the machine paused. Devices first, then the VCPUs."""
-        with self._lock, self._operation("save", whole=True):
+        with self._lock, _Operation(self, "save", whole=True):
             return self._save(self._pause_for("save"))
 
     def load(self, state: MachineState) -> None:
@@ -252,7 +252,7 @@ class Machine:
         Raises MachineError or VmdeckError, nothing changed, if it doesn't fit; KvmError if a put fails: the machine is
         then STOPPED, its copies still hold the state, and another load or a reset mends it.
         """
-        with self._lock, self._operation("load"):
+        with self._lock, _Operation(self, "load"):
             check(state, self.table, self.chips.rows, len(self.vcpus))
             self.board.check(state.devices)
             self._load(state, self._pause_for("load"))
@@ -260,7 +260,7 @@ class Machine:
 
     def checkpoint(self, name: str = "") -> Checkpoint:
         """Keep the whole machine as it is now, in memory; the guest goes on if it ran. Raises MachineError."""
-        with self._lock, self._operation("checkpoint", whole=True):
+        with self._lock, _Operation(self, "checkpoint", whole=True):
             was_running = self._status.phase is Phase.RUNNING
             ahead = self._get_ready()
             state = self._save(self._stop_all())
@@ -277,7 +277,7 @@ class Machine:
 
         Raises MachineError, KvmError.
         """
-        with self._lock, self._operation("restore"):
+        with self._lock, _Operation(self, "restore"):
             checkpoint = self._checkpoints.find(checkpoint)
             was_running = self._status.phase is Phase.RUNNING
             skew = self._stop_all()
@@ -290,13 +290,13 @@ class Machine:
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """Free what only this checkpoint holds. Raises MachineError if it's gone already."""
-        with self._lock, self._operation("forget"):
+        with self._lock, _Operation(self, "forget"):
             self._checkpoints.remove(checkpoint)
             self._free_pages()
 
     def rename(self, checkpoint: Checkpoint, name: str, note: str = "") -> Checkpoint:
         """Give a checkpoint another name and note; the one it was still stands for it. Raises MachineError."""
-        with self._lock, self._operation("rename"):
+        with self._lock, _Operation(self, "rename"):
             return self._checkpoints.rename(checkpoint, name, note)
 
     @contextmanager
@@ -305,7 +305,7 @@ class Machine:
 
         Nothing that happens to the machine meanwhile changes them; the guest goes on if it ran. Raises MachineError.
         """
-        with self._lock, self._operation("look at the machine", whole=checkpoint is None):
+        with self._lock, _Operation(self, "look at the machine", whole=checkpoint is None):
             if checkpoint is not None:
                 kept = self._checkpoints.find(checkpoint)
                 state, contents = kept.state, self._pages.hold(kept.index)
@@ -335,7 +335,7 @@ class Machine:
         is called when they are copied: what is done with the machine from then on isn't in the file.
         Raises SnapshotError, SnapshotCancelled: what was at ``path`` is as it was.
         """
-        with self._lock, self._operation("save to a file", whole=True):
+        with self._lock, _Operation(self, "save to a file", whole=True):
             self.files.check_target(path, incremental=incremental)
             parent = self.files.saved if incremental else None
             self._get_ready()
@@ -374,7 +374,7 @@ class Machine:
             stack.enter_context(chain)
             if verify:
                 chain.verify(progress, cancel)
-            with self._lock, self._operation("load a file"):
+            with self._lock, _Operation(self, "load a file"):
                 told = [vcpu.copy["cpuid"] for vcpu in self.vcpus] if self._ran else None
                 state, losses = self.files.fit(chain, self._fresh, told=told, drop=drop)
                 mapped = self.files.map(chain)
@@ -414,7 +414,7 @@ class Machine:
 
         Pauses the machine. Raises ConfigError for a register or value that there isn't.
         """
-        with self._lock, self._operation("edit"):
+        with self._lock, _Operation(self, "edit"):
             registers.check(register, value)
             self._pause_for("edit")
             target = self.vcpus[vcpu]
@@ -426,7 +426,7 @@ class Machine:
 
         Raises MachineError, KvmError.
         """
-        with self._lock, self._operation("dump registers"):
+        with self._lock, _Operation(self, "dump registers"):
             was_running = self._status.phase is Phase.RUNNING
             self._stop_all()
             for vcpu in self.vcpus:
@@ -442,7 +442,7 @@ class Machine:
 
     def write_memory(self, address: int, data: bytes) -> None:
         """Write guest-physical memory; pauses the machine. Raises MemoryAccessError."""
-        with self._lock, self._operation("write memory"):
+        with self._lock, _Operation(self, "write memory"):
             self._pause_for("write memory")
             self.memory.write(address, data)
 
@@ -451,7 +451,7 @@ class Machine:
 
         Where it went, page by page. Raises MemoryAccessError, nothing written, where one isn't mapped or isn't memory.
         """
-        with self._lock, self._operation("write memory"):
+        with self._lock, _Operation(self, "write memory"):
             self._pause_for("write memory")
             sregs = Sregs.from_buffer_copy(self.view(vcpu).sregs)  # exact: it stands
             went = tuple(pieces(sregs, address, len(data), self.memory.peek))
@@ -526,10 +526,6 @@ class Machine:
         return self.memory.dma_write(address, data)
 
     # Inside
-
-    def _operation(self, name: str, *, whole: bool = False) -> _Operation:
-        """``whole``: it makes no sense on what a reset or load that failed has left."""
-        return _Operation(self, name, whole)
 
     def _after_failure(self, operation: str, error: BaseException) -> None:
         """The status must say how an operation that failed has left the machine."""
@@ -710,7 +706,8 @@ class Machine:
 class _Operation:
     """Round what is done with the machine, under its lock: can it be, and what does a failure mean?"""
 
-    def __init__(self, machine: Machine, name: str, whole: bool) -> None:
+    def __init__(self, machine: Machine, name: str, *, whole: bool = False) -> None:
+        """``whole``: it makes no sense on what a reset or load that failed has left."""
         self._machine, self._name, self._whole = machine, name, whole
 
     def __enter__(self) -> None:

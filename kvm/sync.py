@@ -204,6 +204,10 @@ class Reading:
     def done(self) -> Done:
         """Wait for it, where it makes a part of its own."""
         self.wait()
+        return self.told()
+
+    def told(self) -> Done:
+        """The same, when it has been waited for."""
         if (error := self._error) is not None:
             read = self.names[: error.moved]
             return _part(self._vcpu, self.batch, read, (), (), error.moved + 1, str(error)), error
@@ -256,10 +260,9 @@ def _to_write(vcpu: Vcpu, level: WritebackLevel) -> Choice:
     Rows that the kernel can't read back (CPUID, guest debug) are written when they differ from what it was last given.
     """
     table, copy, known = vcpu.table, vcpu.copy, vcpu.known
-    # An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed.
     if level > WritebackLevel.RUNTIME and vcpu.dirty:
         same = [name for name in table.ours if known.get(name) == copy[name]]
-        alone = [name for name in same if name not in table.followers or not copy[name].strip(b"\0")]
+        alone = [name for name in same if name not in table.followers or _is_off(copy[name])]
         return table.up_to(level, tuple(alone))
     rows, skipped = [], []
     again: set[str] = set()
@@ -267,12 +270,17 @@ def _to_write(vcpu: Vcpu, level: WritebackLevel) -> Choice:
         if not vcpu.dirty and row.get is not None:
             continue
         name = row.name
-        if known.get(name) != copy[name] or (name in again and any(copy[name])):
+        if known.get(name) != copy[name] or (name in again and not _is_off(copy[name])):
             rows.append(row)
             again.update(row.then)
         else:
             skipped.append(name)
     return Choice(rows, tuple(skipped))
+
+
+def _is_off(raw: bytes) -> bool:
+    """An all-zero struct is KVM's "off" (no guest debug): nothing that would have to be renewed."""
+    return not raw.strip(b"\0")
 
 
 def _put(vcpu: Vcpu, level: WritebackLevel, reading: Reading | None = None) -> _Finish:
@@ -339,7 +347,7 @@ def _read_tsc(vcpus: Sequence[Vcpu]) -> Reading | None:
 def _put_all(vcpus: Sequence[Vcpu], level: WritebackLevel, reading: Reading | None) -> list[_Finish]:
     if reading is not None:
         if not reading.wait():
-            return [reading.done]
+            return [reading.told]
         for each, offset in zip(vcpus, tsc.offsets([each.copy for each in vcpus], reading.values), strict=True):
             each.copy["tsc_offset"] = offset
     first, *others = vcpus

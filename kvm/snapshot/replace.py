@@ -84,11 +84,10 @@ def replacing(path: StrPath, check: Callable[[Path], None]) -> Iterator[int]:
 def cant_write(path: StrPath, error: Exception) -> SnapshotError:
     """What a failing write is to a person."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    advice = _ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
-    return SnapshotError(
-        f"Can't write {os.fspath(path)}: {why}. What was there is as it was. "
-        f"{advice or 'Free some space, or choose a folder that you can write to.'}"
+    advice = _ADVICE.get(
+        getattr(error, "errno", None) or 0, "Free some space, or choose a folder that you can write to."
     )
+    return SnapshotError(f"Can't write {os.fspath(path)}: {why}. What was there is as it was. {advice}")
 
 
 _ADVICE = {

@@ -20,10 +20,9 @@ def handlers(sregs: Sregs | Sregs2, read: Read) -> Iterator[tuple[int, int]]:
         raw = read(sregs.idt.base + vector * size, size)
         if vector * size + size - 1 > sregs.idt.limit or len(raw) < size:
             return
-        words = [int.from_bytes(raw[at : at + 2], "little") for at in range(0, size, 2)]
-        offset = words[0]
-        if protected:
-            offset |= words[3] << 16
-        if protected and wide:
-            offset |= words[4] << 32 | words[5] << 48
-        yield words[1], offset
+        yield int.from_bytes(raw[2:4], "little"), offset(raw)
+
+
+def offset(gate: bytes) -> int:
+    """The handler's RIP in a gate of 16 or 8 bytes, or in an entry of the IVT, which has 4."""
+    return int.from_bytes(gate[:2] + gate[6:12], "little") if len(gate) > 4 else int.from_bytes(gate[:2], "little")

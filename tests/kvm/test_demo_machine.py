@@ -113,11 +113,7 @@ def cycles(machine: Machine, count: int, seed: int) -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize(("vcpus", "count"), [(1, 250), (2, 250), (4, 250), (8, 250)])
 def test_random_cycles_leave_no_stuck_vcpu(vcpus: int, count: int) -> None:
-    """A thousand in all. The guest's own barrier shows a stuck VCPU: no round ends without every one of them.
-
-    With the demo's own ticks: with ten times as many interrupts among the steps, a step's #DB reached the guest itself
-    in one run of 40 (on PVM), and where that is on VCPU 0 no round comes any more.
-    """
+    """A thousand in all. The guest's own barrier shows a stuck VCPU: no round ends without every one of them."""
     from kvm.backends.kernel.system import KernelSystem
 
     system = KernelSystem()

@@ -14,11 +14,10 @@ import pytest
 from app import guests
 from kvm.backends.interface import ExitKind, System
 from kvm.boot import loader
-from kvm.boot.image import BootImage
 from kvm.machine import Machine, MachineConfig, Phase
 from kvm.x86.structs import MP_STATE_HALTED, MP_STATE_RUNNABLE, MpState, Regs, Sregs
-from tests.guests.assemble import BinutilsMissing, assemble
-from tests.kvm.machines import until
+from tests.kvm.contract.lab import assembled, regs_of
+from tests.kvm.machines import ORIGIN, ORIGIN_32, build, until
 from tests.kvm.test_demo_machine import MEMORY, Serial
 
 OK = 0x2A
@@ -28,24 +27,13 @@ RF = 1 << 16
 def machine(system: System, folder: Path, format: str, source: str) -> Machine:
     path = folder / "guest.S"
     path.write_text(f".intel_syntax noprefix\n.globl _start\n_start:\n{source}\n")
-    base = 0x1000 if format == "flat16" else 0x100000
-    try:
-        code = assemble(path, base=base, format="bin")
-    except BinutilsMissing as missing:
-        pytest.skip(str(missing))
-    (folder / "guest").write_bytes(code)
-    image: BootImage = loader.load(folder / "guest", memory=4 << 20, format=format, address=base)
-    return Machine(system, image, MachineConfig(memory=4 << 20))
-
-
-def regs(m: Machine, vcpu: int = 0) -> Regs:
-    return Regs.from_buffer_copy(m.view(vcpu).regs)
+    return build(system, folder, assembled(path, folder, ORIGIN if format == "flat16" else ORIGIN_32), format=format)
 
 
 def sampled(m: Machine, vcpu: int = 0) -> Regs:
     """While it runs."""
     m.request_samples()
-    return regs(m, vcpu)
+    return regs_of(m, vcpu)
 
 
 def cpl(m: Machine, vcpu: int) -> int:
@@ -69,14 +57,14 @@ def test_a_step_over_hlt_halts_the_vcpu_there_and_nowhere_else(
 ) -> None:
     with machine(system, tmp_path, format, f".code{bits}\n cli; hlt; inc ebx; inc ebx; inc ebx; 1: jmp 1b") as m:
         m.step(0)
-        before = regs(m)
+        before = regs_of(m)
         (ended,) = m.step(0)
         assert ended.kind is ExitKind.DEBUG
-        assert (regs(m).rip, mp_state(m)) == (before.rip + 1, MP_STATE_HALTED)
+        assert (regs_of(m).rip, mp_state(m)) == (before.rip + 1, MP_STATE_HALTED)
         m.run()
         until(lambda: bool(m.vcpus[0].fd.waiting()))
         m.pause()
-        assert (regs(m).rip, regs(m).rbx) == (before.rip + 1, before.rbx)
+        assert (regs_of(m).rip, regs_of(m).rbx) == (before.rip + 1, before.rbx)
         state = m.save()
         m.load(replace(state, vcpus=({**state.vcpus[0], "mp_state": bytes(MpState(MP_STATE_RUNNABLE))},)))
         m.run()
@@ -98,12 +86,12 @@ def test_the_next_step_starts_where_one_that_kvm_did_not_make_has_ended(
     with machine(system, tmp_path, "flat64", source) as m:
         for _ in range(7):
             m.step(0)
-        before = regs(m).rip
+        before = regs_of(m).rip
         system.trace = []
         (ended,) = m.step(0)
         made = [call.ioctl for call in system.trace if call.ioctl.startswith("KVM_SET")]
         assert ended.detail == f"stepped over {instruction.upper()}"
-        assert regs(m).rip == before + size
+        assert regs_of(m).rip == before + size
         assert made[-1] == "KVM_SET_GUEST_DEBUG"
     system.close()
 
@@ -124,12 +112,12 @@ LOAD = b"\x8b\x03"
 
 def test_a_step_over_an_exception_leaves_no_trap_flag_to_return_to(system: System, tmp_path: Path) -> None:
     with machine(system, tmp_path, "flat64", FAULT) as m:
-        while m.read_memory(regs(m).rip, 2) != LOAD:
+        while m.read_memory(regs_of(m).rip, 2) != LOAD:
             m.step(0)
         m.edit(0, "rcx", 1)  # KVM sets the flag where it's given registers
-        before = regs(m)
+        before = regs_of(m)
         m.step(0)
-        assert not before.rip <= regs(m).rip <= before.rip + 2, "it's in its handler"
+        assert not before.rip <= regs_of(m).rip <= before.rip + 2, "it's in its handler"
         pushed = int.from_bytes(m.read_memory((before.rsp & ~15) - 24, 8), "little")
         assert pushed & ~RF == before.rflags
         m.run()
@@ -147,7 +135,7 @@ def test_steps_go_through_cpl_3_and_back_and_the_guest_never_knows(system: Syste
             m.run()
             until(lambda: bool(sampled(m, 1)) and cpl(m, 1) == 3)  # it may have gone up again before it stands
             m.pause()
-        flag = regs(m, 1).r8
+        flag = regs_of(m, 1).r8
         levels = []
         for told in (1, 0):  # to stop summing, which takes it up; and to go on, which takes it down again
             level = cpl(m, 1)
@@ -158,12 +146,12 @@ def test_steps_go_through_cpl_3_and_back_and_the_guest_never_knows(system: Syste
                     break
             levels.append(cpl(m, 1))
         assert levels == [0, 3]
-        before, stack = regs(m, 1), kernel_stack(m, 1)
+        before, stack = regs_of(m, 1), kernel_stack(m, 1)
         for _ in range(300):
             m.step(1)
             assert cpl(m, 1) == 3
-            assert not regs(m, 1).rflags & 0x100
-        assert regs(m, 1).rip != before.rip
+            assert not regs_of(m, 1).rflags & 0x100
+        assert regs_of(m, 1).rip != before.rip
         assert kernel_stack(m, 1) == stack
         after = Serial(m)
         m.run()

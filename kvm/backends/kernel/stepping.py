@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvm.backends.kernel.fd import Fd
 from kvm.backends.kernel.library import ffi
-from kvm.x86 import decode
+from kvm.x86 import decode, gates
 from kvm.x86.decode import EFER_LMA
 from kvm.x86.paging import is_linear, pieces
 from kvm.x86.structs import (
@@ -115,9 +115,8 @@ class Step:
         code, stack = self._segment(cs, _CODE), self._segment(ss, _WRITABLE)
         if code is None or stack is None or ss & 3 != cs & 3 or not is_linear(sregs, rip):
             return False
-        for segment in (code, stack):
-            if not segment.unusable:
-                self._write(sregs.gdt.base + (segment.selector & ~7) + 5, bytes([self._rights(segment)]))
+        for selector in (cs, ss):
+            self._mark_accessed(selector)
         sregs.cs, sregs.ss = code, stack
         for segment in (sregs.ds, sregs.es, sregs.fs, sregs.gs):
             if (
@@ -157,21 +156,20 @@ class Step:
             segment.limit = segment.limit << 12 | 0xFFF
         return segment
 
-    @staticmethod
-    def _rights(segment: Segment) -> int:
-        """The byte at 5 of its descriptor."""
-        return segment.type | segment.s << 4 | segment.dpl << 5 | segment.present << 7
+    def _mark_accessed(self, selector: int) -> None:
+        if selector:
+            at = self._sregs.gdt.base + (selector & ~7) + 5
+            self._write(at, bytes([self._read(at, 1)[0] | _ACCESSED]))
 
     def begin(self) -> None:
         """Before KVM_RUN."""
         if self.cpl != 3 or not self._sregs.efer & EFER_LMA or self._regs.rflags & _TF:
             return
         idt = self._sregs.idt
-        gates = self._read(idt.base, idt.limit + 1)
-        own, present = gates[_DB * _GATE :][:_GATE], [each for each in _gates(gates) if each[5] & _PRESENT]
-        if len(own) < _GATE or not present:
+        own = self._read(idt.base + _DB * _GATE, _GATE) if idt.limit >= (_DB + 1) * _GATE - 1 else b""
+        gate = own if len(own) < _GATE or own[5] & _PRESENT else self._any_gate()
+        if len(gate) < _GATE:
             return
-        gate = own if own[5] & _PRESENT else present[0]
         ist = gate[4] & 7
         tss = self._read(self._sregs.tr.base, _TSS_ISTS + 8 * _ISTS)
         top = _stack(tss, _TSS_ISTS + 8 * (ist - 1) if ist else _TSS_RSP0)
@@ -179,24 +177,30 @@ class Step:
             self._lent.append((at, self._read(at, size)))
         if gate is not own:
             self._write(idt.base + _DB * _GATE, gate)
-        self._handler = int.from_bytes(gate[:2] + gate[6:12], "little")
+        self._handler = gates.offset(gate)
         stop = GuestDebug.from_buffer_copy(bytes(self._debug))
         stop.control |= GUESTDBG_USE_HW_BP
         stop.debugreg[0], stop.debugreg[7] = self._handler, _DR7_EXEC_0
         self._put("KVM_SET_GUEST_DEBUG", stop)
 
+    def _any_gate(self) -> bytes:
+        """The first that is present in the IDT; empty if none is."""
+        idt = self._read(self._sregs.idt.base, self._sregs.idt.limit + 1)
+        each = (idt[at : at + _GATE] for at in range(0, len(idt) - _GATE + 1, _GATE))
+        return next((gate for gate in each if gate[5] & _PRESENT), b"")
+
     def end(self) -> bool:
         """After it: was a trap taken back that the guest had got? It has made its step then."""
         regs = self._get("KVM_GET_REGS", Regs)
-        if self._handler and self._taken_back(regs):
+        if self._handler and self._lift(regs):
             return True
         pushed = abs(regs.rsp - self._regs.rsp) > _PUSHED
         if pushed and self._sregs.efer & EFER_LMA and not self._regs.rflags & _TF:
             self._clear_pushed_flag(regs)
         return False
 
-    def _taken_back(self, regs: Regs) -> bool:
-        """No breakpoint any more, nor what was lent for it. Was it the step's own trap that came to it?"""
+    def _lift(self, regs: Regs) -> bool:
+        """Lift the breakpoint, and give back what was lent for it. Was it the step's own trap that came to it?"""
         try:
             taken_back = regs.rip == self._handler and self._take_back(regs)
         finally:
@@ -261,10 +265,6 @@ class Step:
 
     def _put(self, ioctl: str, value: ctypes.Structure) -> None:
         self._fd.call(ioctl, ffi.from_buffer(value))
-
-
-def _gates(idt: bytes) -> Iterator[bytes]:
-    return (idt[at : at + _GATE] for at in range(0, len(idt) - _GATE + 1, _GATE))
 
 
 def _stack(tss: bytes, at: int) -> int:

@@ -32,14 +32,11 @@ _MASK = {size: (1 << 8 * size) - 1 for size in range(1, 9)}
 
 @dataclass(slots=True)
 class _Slot:
-    name: str
     address: int
     memory: mmap.mmap
     flags: int
     view: Any
     """cffi's hold on the memory; it can't be closed under the guest."""
-    content: Any
-    """The same, to be sliced."""
     bitmap: Any
     numbers: NDArray[np.int64]
     """Room for all page numbers; untouched, it takes no host memory."""
@@ -109,8 +106,7 @@ class KernelVm:
             pages = len(memory) // PAGE_SIZE
             words = -(-pages // 64)
             view = ffi.from_buffer("char[]", memory, require_writable=True)
-            bitmap, numbers = ffi.new("uint64_t[]", words), np.empty(pages, np.int64)
-            new = _Slot(f"slot {slot}", address, memory, 0, view, ffi.buffer(view), bitmap, numbers)
+            new = _Slot(address, memory, 0, view, ffi.new("uint64_t[]", words), np.empty(pages, np.int64))
         if old is not None and (new is not old or (old.flags ^ flags) & lib.KVM_MEM_READONLY):
             # KVM changes nothing but the log flag of a slot that exists: it has to go first.
             self._region(slot, 0, address, 0, old.view)
@@ -121,13 +117,13 @@ class KernelVm:
 
     def read(self, address: int, size: int) -> bytes:
         """Guest-physical memory, as far as it goes on from there in one slot."""
-        return next((at.content[start : start + size] for at, start in self._at(address)), b"")
+        return next((at.memory[start : start + size] for at, start in self._at(address)), b"")
 
     def write(self, address: int, data: bytes) -> None:
         """The other way round, on the guest's behalf: nothing where there is no memory, or it's read-only."""
         for at, start in self._at(address):
             if not at.flags & lib.KVM_MEM_READONLY:
-                at.content[start : start + len(data)] = data
+                at.memory[start : start + len(data)] = data
 
     def _at(self, address: int) -> Iterator[tuple[_Slot, int]]:
         """The slot that holds this address, and where in it."""
@@ -145,7 +141,7 @@ class KernelVm:
         with self._lock:
             out = ffi.from_buffer("int64_t[]", at.numbers)
             count = lib.vd_dirty_pages(self._fd.number, slot, at.bitmap, len(at.bitmap), out)
-            self._fd.checked("KVM_GET_DIRTY_LOG", count, at.name)
+            self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
             return at.numbers[:count].copy()
 
     def copy_pages(
@@ -165,7 +161,7 @@ class KernelVm:
                 self._fd.number, slot, at.bitmap, len(places), list(marks) if marks else ffi.NULL, len(marks), at.view,
                 ffi.from_buffer(source), ffi.from_buffer("int64_t[]", places), len(source),
             )  # fmt: skip
-            return self._fd.checked("KVM_GET_DIRTY_LOG", count, at.name)
+            return self._fd.checked("KVM_GET_DIRTY_LOG", count, f"slot {slot}")
 
     def memory_changed(self) -> None:
         """Nothing to do: KVM's page tables follow the host's, and it keeps no translated code."""
